@@ -1,0 +1,31 @@
+"""Comparisons: the record everything is made of, and its reading and writing."""
+
+from grm_jax.data.comparison import (
+    BadRecord,
+    BestLabel,
+    Comparison,
+    Label,
+    Message,
+    PointwiseLabel,
+    ScoresLabel,
+    best_index,
+    examples_path,
+    from_record,
+    read_comparisons,
+    to_record,
+)
+
+__all__ = [
+    "BadRecord",
+    "BestLabel",
+    "Comparison",
+    "Label",
+    "Message",
+    "PointwiseLabel",
+    "ScoresLabel",
+    "best_index",
+    "examples_path",
+    "from_record",
+    "read_comparisons",
+    "to_record",
+]

@@ -1,0 +1,398 @@
+"""The facade: a model that judges, as one object without hidden state."""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from grm_jax import checkpoints, grammar
+from grm_jax.data import BadRecord, Comparison, from_record
+from grm_jax.errors import UsageError
+from grm_jax.models import DecoderConfig, Params
+from grm_jax.prompts import (
+    Template,
+    Tokenizer,
+    encode_chat,
+    load_template,
+    render,
+    tokenizer_from_gguf,
+)
+from grm_jax.rewards import rank, tied_for_best, vote
+from grm_jax.sampling import power_of_two, response_orders, run_in_order
+from grm_jax.sampling.batching import JudgeSampler, PromptJob, PromptResult, SamplingSettings
+from grm_jax.sampling.orders import ORDER_POLICIES
+
+DEFAULT_TEMPLATE = "compact"
+"""Short enough for the built-in models; released 16B and 27B judges expect `paper`'s structure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sampled judgement.
+
+    Attributes:
+      order: Input indices of the responses in the order in which this sample saw them.
+      scores: One score a response, in input order; None if unreadable.
+      meta: The meta reward model's reward; None without one.
+      text: What the model wrote; it speaks of the responses in its own order.
+      finish: `"stop"` if the model ended its turn, `"length"` if its tokens ran out.
+    """
+
+    order: tuple[int, ...]
+    scores: tuple[int, ...] | None
+    meta: float | None
+    text: str
+    finish: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """The vote on one comparison, or why there is none.
+
+    Attributes:
+      id: The record's name.
+      scores: The vote: the sum over readable samples, one number a response, in input order (eq 14,
+        arXiv:2504.02495). None if the record could not be judged.
+      ranking: Indices of the responses, best first; ties are broken at random from the seed.
+      best: The first of them.
+      tied: Indices of all responses with the top score.
+      valid_samples: How many samples had readable scores.
+      samples: The samples.
+      prompt_tokens: Tokens of the distinct prompts; each is read once for all its samples.
+      completion_tokens: Tokens sampled.
+      seconds: Wall time, shared among what ran together.
+      error: One line saying why the record could not be judged; None if it was.
+    """
+
+    id: str
+    scores: tuple[int, ...] | None = None
+    ranking: tuple[int, ...] = ()
+    best: int | None = None
+    tied: tuple[int, ...] = ()
+    valid_samples: int = 0
+    samples: tuple[Sample, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+    def winning_sample(self) -> Sample | None:
+        """The readable sample that most prefers the winner, in points; the first of equals."""
+        if self.best is None:
+            return None
+        best = self.best
+
+        def margin(sample: Sample) -> float:
+            scores = sample.scores or ()
+            rest = [score for index, score in enumerate(scores) if index != best]
+            return scores[best] - max(rest) if rest else scores[best]
+
+        return max((s for s in self.samples if s.scores is not None), key=margin)
+
+    def to_record(self) -> dict[str, Any]:
+        """The judgement as a JSON-ready object; `error` takes the place of the vote."""
+        outcome: dict[str, Any] = {"error": self.error}
+        if self.error is None:
+            outcome = {
+                "scores": list(self.scores or ()),
+                "ranking": list(self.ranking),
+                "best": self.best,
+                "tied": list(self.tied),
+            }
+        return {
+            "id": self.id,
+            **outcome,
+            "valid_samples": self.valid_samples,
+            "samples": [
+                {
+                    "order": list(sample.order),
+                    "scores": None if sample.scores is None else list(sample.scores),
+                    "meta": sample.meta,
+                    "text": sample.text,
+                    "finish": sample.finish,
+                }
+                for sample in self.samples
+            ],
+            "usage": {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": self.completion_tokens,
+                "seconds": round(self.seconds, 3),
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A record on its way through the sampler: its jobs, or what is wrong with it."""
+
+    id: str
+    num_responses: int = 0
+    jobs: tuple[PromptJob, ...] = ()
+    # For each job, which samples it draws.
+    places: tuple[tuple[int, ...], ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GRM:
+    """A generative reward model.
+
+    Attributes:
+      name: What it was loaded by.
+      config: The decoder's configuration.
+      params: The decoder's parameters.
+      tokenizer: Its tokenizer.
+      table: The tokenizer's vocabulary as the score automaton reads it.
+    """
+
+    name: str
+    config: DecoderConfig
+    params: Params
+    tokenizer: Tokenizer
+    table: grammar.TokenTable
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> "GRM":
+        """Loads a model and its tokenizer.
+
+        Args:
+          name_or_path: A built-in name (fetched on first use), a GGUF file or a folder with one.
+          mesh: Where to place the parameters; the default device if None.
+          dtype: Type of parameters and computation: by default float32 on CPUs, else bfloat16.
+
+        Raises:
+          UsageError: If there is no such model, or its files cannot be read.
+        """
+        if dtype is None:
+            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        file = checkpoints.open_checkpoint(name_or_path)
+        tokenizer = tokenizer_from_gguf(file.metadata)
+        config, params = checkpoints.load(file, dtype, mesh)
+        table = jax.device_put(grammar.token_table(tokenizer.token_bytes))
+        return cls(
+            name=name_or_path, config=config, params=params, tokenizer=tokenizer, table=table
+        )
+
+    def judge(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        responses: Sequence[str],
+        **settings: Any,
+    ) -> Judgement:
+        """Judges the responses to one conversation.
+
+        Args:
+          messages: `{role, content}` turns up to the user's last.
+          responses: One or more candidates.
+          **settings: As in `judge_batch`.
+
+        Returns:
+          The judgement; its `error` is set if the comparison is too long for the model or no
+          sample was readable.
+
+        Raises:
+          UsageError: If the comparison is malformed or a setting is wrong.
+        """
+        comparison = from_record({"id": "0", "messages": messages, "responses": responses})
+        return next(self.judge_batch([comparison], **settings))
+
+    def judge_batch(
+        self,
+        comparisons: Iterable[Comparison | BadRecord],
+        *,
+        samples: int = 8,
+        temperature: float = 0.5,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 256,
+        constrain: bool = False,
+        orders: str = "shuffle",
+        template: str | Template = DEFAULT_TEMPLATE,
+        seed: int = 0,
+    ) -> Iterator[Judgement]:
+        """Judges many comparisons, in order, reading only a little ahead.
+
+        A sample depends on the seed, its record's id and its number, and on nothing else: the same
+        record gives the same judgement alone and among others. (On accelerators, where kernels
+        change with the size of a batch, the same up to rounding.)
+
+        Args:
+          comparisons: The records; a `BadRecord` becomes a judgement with its error.
+          samples: K, judgements sampled for each record.
+          temperature: 0 takes the likeliest token.
+          top_k: Sample among this many likeliest tokens; 0 for all.
+          top_p: Sample among the likeliest tokens that make up this probability; 1 for all.
+          max_new_tokens: Tokens a judgement may take.
+          constrain: Make samples follow the layout of a judgement, so that all are readable.
+          orders: How responses are ordered from sample to sample: `"shuffle"`, `"balanced"` or
+            `"fixed"`.
+          template: A built-in template, a file, or a loaded template.
+          seed: Of the samples, their orders and the breaking of ties.
+
+        Yields:
+          One judgement for each record.
+
+        Raises:
+          UsageError: If a setting is wrong.
+        """
+        if samples < 1:
+            raise UsageError(f"samples is {samples}; it must be 1 or more")
+        if orders not in ORDER_POLICIES:
+            raise UsageError(f"orders is {orders!r}; it must be one of {', '.join(ORDER_POLICIES)}")
+        if not isinstance(template, Template):
+            template = load_template(template)
+        sampler = JudgeSampler(
+            params=self.params,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            table=self.table,
+            settings=SamplingSettings(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                max_new_tokens=max_new_tokens,
+                constrain=constrain,
+                low=template.low,
+                high=template.high,
+            ),
+        )
+        plan = functools.partial(
+            self._plan, sampler, template=template, samples=samples, orders=orders, seed=seed
+        )
+        finished = run_in_order(
+            (plan(comparison) for comparison in comparisons),
+            jobs=lambda record: record.jobs,
+            shape=sampler.shape,
+            limit=sampler.limit,
+            run=sampler.run,
+        )
+        return (self._judgement(record, results, samples, seed) for record, results in finished)
+
+    def _plan(
+        self,
+        sampler: JudgeSampler,
+        comparison: Comparison | BadRecord,
+        *,
+        template: Template,
+        samples: int,
+        orders: str,
+        seed: int,
+    ) -> _Plan:
+        if isinstance(comparison, BadRecord):
+            return _Plan(id=comparison.id, error=comparison.error)
+        count = len(comparison.responses)
+        places: dict[tuple[int, ...], list[int]] = {}
+        shown = response_orders(
+            orders, record_id=comparison.id, num_responses=count, samples=samples, seed=seed
+        )
+        for sample, order in enumerate(shown):
+            places.setdefault(order, []).append(sample)
+        keys = _sample_keys(seed, comparison.id, samples)
+        messages = [
+            {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
+        ]
+        room = self.config.max_context - sampler.settings.max_new_tokens
+        jobs, chosen = [], []
+        try:
+            if sampler.settings.constrain:
+                sampler.layout(count)
+            for order, numbers in places.items():
+                chat = render(template, messages, [comparison.responses[i] for i in order])
+                tokens = encode_chat(self.tokenizer, chat)
+                if len(tokens) > room:
+                    raise UsageError(
+                        f"the prompt takes {len(tokens)} tokens and the answer up to "
+                        f"{sampler.settings.max_new_tokens}, but the model reads "
+                        f"{self.config.max_context}; shorten the record"
+                    )
+                step = sampler.most_samples()
+                for first in range(0, len(numbers), step):
+                    part = numbers[first : first + step]
+                    jobs.append(PromptJob(tokens=tokens, order=order, keys=keys[np.asarray(part)]))
+                    chosen.append(tuple(part))
+        except UsageError as error:
+            return _Plan(id=comparison.id, error=str(error))
+        return _Plan(id=comparison.id, num_responses=count, jobs=tuple(jobs), places=tuple(chosen))
+
+    def _judgement(
+        self, record: _Plan, results: Sequence[PromptResult], samples: int, seed: int
+    ) -> Judgement:
+        if record.error is not None:
+            return Judgement(id=record.id, error=record.error)
+        count = record.num_responses
+        rows = np.zeros((power_of_two(samples), power_of_two(count)), np.float32)
+        valid = np.zeros(len(rows), bool)
+        drawn: dict[int, Sample] = {}
+        for job, places, result in zip(record.jobs, record.places, results, strict=True):
+            for index, place in enumerate(places):
+                rows[place, :count] = result.scores[index]
+                valid[place] = result.valid[index]
+                scores = tuple(int(score) for score in result.scores[index])
+                drawn[place] = Sample(
+                    order=job.order,
+                    scores=scores if valid[place] else None,
+                    meta=None,
+                    text=self.tokenizer.decode(result.tokens[index].tolist()),
+                    finish="stop" if result.stopped[index] else "length",
+                )
+        totals, ranking, tied = jax.device_get(
+            _vote(rows, valid, count, _record_key(seed, record.id))
+        )
+        readable = int(valid.sum())
+        prompts = {job.order: len(job.tokens) for job in record.jobs}
+        judgement = Judgement(
+            id=record.id,
+            valid_samples=readable,
+            samples=tuple(drawn[place] for place in range(samples)),
+            prompt_tokens=sum(prompts.values()),
+            completion_tokens=int(sum(result.lengths.sum() for result in results)),
+            seconds=sum(result.seconds for result in results),
+            error=None
+            if readable
+            else f"none of the {samples} samples has readable scores; constrain them to the "
+            "layout of a judgement, or give them more tokens",
+        )
+        if not readable:
+            return judgement
+        return replace(
+            judgement,
+            scores=tuple(int(total) for total in totals[:count]),
+            ranking=tuple(int(index) for index in ranking[:count]),
+            best=int(ranking[0]),
+            tied=tuple(int(index) for index in np.flatnonzero(tied)),
+        )
+
+
+@jax.jit
+def _vote(
+    scores: jax.Array, valid: jax.Array, num_responses: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    totals = vote(scores, valid)
+    return totals, rank(totals, num_responses, key), tied_for_best(totals, num_responses)
+
+
+def _record_key(seed: int, record_id: str) -> jax.Array:
+    """The random key of a record, from the seed and the record's id."""
+    digest = hashlib.blake2b(record_id.encode(errors="surrogatepass"), digest_size=8).digest()
+    key = jax.random.key(seed)
+    for half in (digest[:4], digest[4:]):
+        key = jax.random.fold_in(key, int.from_bytes(half, "little"))
+    return key
+
+
+def _sample_keys(seed: int, record_id: str, samples: int) -> jax.Array:
+    """The random keys `[K]` of a record's samples; the first few are the same for every K."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(_record_key(seed, record_id), jnp.arange(1, samples + 1))

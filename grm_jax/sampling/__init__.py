@@ -1,0 +1,22 @@
+"""Sampling judgements: orders, batches, the layout constraint and the decoding loop."""
+
+from grm_jax.sampling.layout import Layout, judgement_layout
+from grm_jax.sampling.orders import ORDER_POLICIES, response_orders
+from grm_jax.sampling.sampler import Controls, Rollouts, decode, prefill, truncate
+from grm_jax.sampling.scheduling import LENGTHS, bucket, power_of_two, run_in_order
+
+__all__ = [
+    "LENGTHS",
+    "ORDER_POLICIES",
+    "Controls",
+    "Layout",
+    "Rollouts",
+    "bucket",
+    "decode",
+    "judgement_layout",
+    "power_of_two",
+    "prefill",
+    "response_orders",
+    "run_in_order",
+    "truncate",
+]

@@ -1,0 +1,286 @@
+"""From prompts to scored samples: batches on the device, results on the host.
+
+Everything between the prompt's tokens and the scores in input order happens on the device; the host
+receives tokens (for the critique) and scores together.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grm_jax import grammar
+from grm_jax.errors import UsageError
+from grm_jax.models import DecoderConfig, Params, Segment
+from grm_jax.prompts import Tokenizer
+from grm_jax.rewards import extract_scores, restore_order
+from grm_jax.sampling.layout import Layout, judgement_layout
+from grm_jax.sampling.sampler import Controls, Rollouts, decode, prefill
+from grm_jax.sampling.scheduling import bucket, power_of_two
+
+MIN_ROWS = 8
+"""Fewest rows of a decoding batch: below it, CPU kernels change and with them the last bits."""
+
+_CPU_ROWS = 32
+_ACCELERATOR_ROWS = 256
+_CPU_CACHE_BYTES = 2 << 30
+_ACCELERATOR_CACHE_BYTES = 16 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How samples are drawn.
+
+    Attributes:
+      temperature: 0 takes the likeliest token.
+      top_k: Sample among this many likeliest tokens; 0 for all.
+      top_p: Sample among the likeliest tokens that make up this probability; 1 for all.
+      max_new_tokens: Tokens a sample may take.
+      constrain: Whether samples must follow the layout of a judgement.
+      low: Least score.
+      high: Greatest score.
+    """
+
+    temperature: float = 0.5
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    constrain: bool = False
+    low: int = grammar.DEFAULT_LOW
+    high: int = grammar.DEFAULT_HIGH
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}; it must be 0 or more")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptJob:
+    """One prompt and the samples wanted of it.
+
+    Attributes:
+      tokens: The prompt's token ids; at least two.
+      order: Input indices of the responses in the order of the prompt.
+      keys: `[k]` random keys, one a sample.
+    """
+
+    tokens: Sequence[int]
+    order: tuple[int, ...]
+    keys: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptResult:
+    """The samples of one `PromptJob`; all arrays are NumPy's, k samples each.
+
+    Attributes:
+      tokens: For each sample its tokens, without the end of turn.
+      stopped: `bool[k]`, whether the sample ended by itself.
+      lengths: `i32[k]`, tokens sampled, the end of turn included.
+      scores: `f32[k, N]`, in input order; 0 where unreadable.
+      valid: `bool[k]`, whether the scores were readable.
+      logprobs: `f32[k, T]` and `sampled_logprobs`, as in `Rollouts`.
+      seconds: Wall time of the batch, divided among its samples.
+    """
+
+    tokens: list[np.ndarray]
+    stopped: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
+    valid: np.ndarray
+    logprobs: np.ndarray
+    sampled_logprobs: np.ndarray
+    seconds: float
+
+
+class JobShape(NamedTuple):
+    """What the jobs of a batch have in common; a function of each job alone.
+
+    Attributes:
+      prompt: Padded prompt length.
+      samples: K, padded.
+      responses: N, padded.
+      states: Padded states of the layout; 0 without one.
+    """
+
+    prompt: int
+    samples: int
+    responses: int
+    states: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JudgeSampler:
+    """A model, its tokenizer and sampling settings: runs batches of `PromptJob`s."""
+
+    params: Params
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    table: grammar.TokenTable
+    settings: SamplingSettings
+
+    @property
+    def _cpu(self) -> bool:
+        return all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
+
+    @functools.cached_property
+    def _text_mask(self) -> jax.Array:
+        mask = np.ones(self.config.vocab_size, bool)
+        mask[sorted(self.tokenizer.control_ids)] = False
+        return jnp.asarray(mask)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - lives as long as one run over a file
+    def layout(self, count: int) -> Layout:
+        """The layout of a judgement of `count` responses."""
+        return judgement_layout(
+            self.tokenizer,
+            count=count,
+            max_new_tokens=self.settings.max_new_tokens,
+            low=self.settings.low,
+            high=self.settings.high,
+        )
+
+    def most_samples(self) -> int:
+        """Most samples that a job may ask for; more are to be split over several jobs."""
+        return _CPU_ROWS if self._cpu else _ACCELERATOR_ROWS
+
+    def shape(self, job: PromptJob) -> JobShape:
+        """The shape of the batches that a job can run in."""
+        count = len(job.order)
+        return JobShape(
+            prompt=bucket(len(job.tokens) - 1),
+            samples=power_of_two(len(job.keys)),
+            responses=power_of_two(count),
+            states=self.layout(count).free.shape[0] if self.settings.constrain else 0,
+        )
+
+    def limit(self, shape: JobShape) -> int:
+        """Most prompts in a batch of a shape, by rows and by memory for the cache."""
+        c = self.config
+        width = jnp.dtype(c.dtype).itemsize * c.num_kv_heads * c.head_dim * 2
+        size = shape.prompt * c.num_layers * width
+        memory = _CPU_CACHE_BYTES if self._cpu else _ACCELERATOR_CACHE_BYTES
+        by_rows = max(1, self.most_samples() // shape.samples)
+        return max(1, min(by_rows, memory // size))
+
+    def run(self, jobs: Sequence[PromptJob]) -> list[PromptResult]:
+        """Samples a batch of jobs of equal shape, at most `limit` of them."""
+        began = time.perf_counter()
+        shape = self.shape(jobs[0])
+        most = self.limit(shape)
+        least = min(most, -(-MIN_ROWS // shape.samples))
+        rows = min(most, power_of_two(max(len(jobs), least)))
+        prefix = self._prefill(jobs, shape, rows)
+        out, scores, valid = jax.device_get(self._decode(jobs, shape, rows, prefix))
+        seconds = time.perf_counter() - began
+        total = sum(len(job.keys) for job in jobs)
+        return [
+            self._result(job, row, out, scores, valid, seconds * len(job.keys) / total)
+            for row, job in enumerate(jobs)
+        ]
+
+    def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, rows: int) -> Segment:
+        # One prompt at a time: it fills the machine by itself, and no neighbour can change it.
+        segments = []
+        for job in jobs:
+            tokens = np.zeros((1, shape.prompt), np.int32)
+            tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
+            length = np.asarray([len(job.tokens) - 1], np.int32)
+            segments.append(prefill(self.params, self.config, tokens, length))
+        return _stack(segments, rows)
+
+    def _decode(
+        self, jobs: Sequence[PromptJob], shape: JobShape, rows: int, prefix: Segment
+    ) -> tuple[Rollouts, jax.Array, jax.Array]:
+        settings = self.settings
+        # Rows and samples that only fill the batch up repeat real ones; nothing reads them.
+        padded = [jobs[row % len(jobs)] for row in range(rows)]
+        keys = jnp.stack([job.keys[np.arange(shape.samples) % len(job.keys)] for job in padded])
+        order = np.tile(np.arange(shape.responses, dtype=np.int32), (rows, 1))
+        for row, job in enumerate(padded):
+            order[row, : len(job.order)] = job.order
+        counts = np.asarray([len(job.order) for job in padded], np.int32)
+        layout = None
+        if settings.constrain:
+            layouts = [self.layout(int(count)) for count in counts]
+            layout = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
+        out = decode(
+            self.params,
+            self.config,
+            prefix,
+            np.asarray([job.tokens[-1] for job in padded], np.int32),
+            keys,
+            Controls(
+                temperature=jnp.float32(settings.temperature),
+                top_p=jnp.float32(settings.top_p),
+                max_new_tokens=jnp.int32(settings.max_new_tokens),
+            ),
+            layout,
+            self._text_mask if settings.constrain else None,
+            eos_ids=self.tokenizer.eos_ids,
+            capacity=bucket(settings.max_new_tokens),
+            greedy=settings.temperature == 0,
+            top_k=settings.top_k,
+            nucleus=settings.top_p < 1,
+        )
+        scores, valid = extract_scores(
+            out.tokens,
+            out.length - out.stopped,
+            self.table,
+            counts[:, None],
+            max_responses=shape.responses,
+            low=settings.low,
+            high=settings.high,
+        )
+        return out, restore_order(scores, np.repeat(order[:, None], shape.samples, 1)), valid
+
+    def _result(
+        self,
+        job: PromptJob,
+        row: int,
+        out: Rollouts,
+        scores: np.ndarray,
+        valid: np.ndarray,
+        seconds: float,
+    ) -> PromptResult:
+        k = len(job.keys)
+        lengths = np.asarray(out.length[row, :k])
+        stopped = np.asarray(out.stopped[row, :k])
+        return PromptResult(
+            tokens=[
+                np.asarray(out.tokens[row, index, : lengths[index] - stopped[index]])
+                for index in range(k)
+            ],
+            stopped=stopped,
+            lengths=lengths,
+            scores=scores[row, :k, : len(job.order)],
+            valid=valid[row, :k],
+            logprobs=np.asarray(out.logprobs[row, :k]),
+            sampled_logprobs=np.asarray(out.sampled_logprobs[row, :k]),
+            seconds=seconds,
+        )
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _stack(segments: Sequence[Segment], rows: int) -> Segment:
+    """Segments of one prompt each, as one of `rows`; the rows that are left are empty."""
+
+    def join(axis: int, *leaves: jax.Array) -> jax.Array:
+        whole = jnp.concatenate(leaves, axis=axis)
+        spare = [(0, 0)] * whole.ndim
+        spare[axis] = (0, rows - whole.shape[axis])
+        return jnp.pad(whole, spare)
+
+    keys, values, starts, lengths = zip(*segments, strict=True)
+    return Segment(join(1, *keys), join(1, *values), join(0, *starts), join(0, *lengths))

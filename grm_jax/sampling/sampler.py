@@ -1,0 +1,264 @@
+"""Sampling k judgements of one prompt: one prefill, then one loop for all samples.
+
+The prompt's keys and values are computed once. Decoding is a `lax.while_loop` over a step in which
+the samples of a prompt run in parallel and hold its segment in common, so that their k reads of it
+are one matrix product. Several prompts may share a batch.
+
+A sample depends on its own key and prompt and on nothing else in the batch: the padded length of a
+prompt comes from its own length, randomness from its own key, and on a CPU, batches of 2 to 32 rows
+run through kernels whose rows do not influence each other.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grm_jax.models import DecoderConfig, Params, Segment, forward, forward_parallel, unembed
+from grm_jax.sampling.layout import Layout, LayoutState, advance, allowed_edges
+
+_CDF_BLOCK = 128
+
+
+class Rollouts(NamedTuple):
+    """Sampled continuations of B prompts, K samples each.
+
+    Attributes:
+      tokens: `i32[B, K, T]`; beyond `length` they mean nothing.
+      length: `i32[B, K]`, sampled tokens, the end-of-turn token included.
+      stopped: `bool[B, K]`, whether the last token is an end of turn (else the budget ran out).
+      logprobs: `f32[B, K, T]`, log-probability of each token under the whole vocabulary at the
+        sampling temperature (at 1 when sampling is greedy): what a learner recomputes.
+      sampled_logprobs: `f32[B, K, T]`, the same under the distribution that was really sampled
+        from, after top-k, top-p and the layout; 0 when sampling is greedy.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    stopped: jax.Array
+    logprobs: jax.Array
+    sampled_logprobs: jax.Array
+
+
+class Controls(NamedTuple):
+    """Sampling settings that may change without recompiling; each is a scalar.
+
+    Attributes:
+      temperature: `f32[]`, at least 0; not read when sampling is greedy.
+      top_p: `f32[]`, in (0, 1].
+      max_new_tokens: `i32[]`.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    max_new_tokens: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefill(params: Params, config: DecoderConfig, tokens: jax.Array, length: jax.Array) -> Segment:
+    """Keys and values of prompts.
+
+    Args:
+      params: Parameters of the decoder.
+      config: Its configuration.
+      tokens: `i32[B, P]`, left-aligned.
+      length: `i32[B]`, tokens to attend to later.
+
+    Returns:
+      A `Segment` over all layers.
+    """
+    return forward(params, config, tokens, length=length)[1]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "eos_ids", "capacity", "greedy", "top_k", "nucleus")
+)
+def decode(
+    params: Params,
+    config: DecoderConfig,
+    prefix: Segment,
+    last_token: jax.Array,
+    keys: jax.Array,
+    controls: Controls,
+    layout: Layout | None = None,
+    text_mask: jax.Array | None = None,
+    *,
+    eos_ids: tuple[int, ...],
+    capacity: int,
+    greedy: bool = False,
+    top_k: int = 0,
+    nucleus: bool = False,
+) -> Rollouts:
+    """Samples K continuations of each of B prompts, until all have ended.
+
+    Args:
+      params: Parameters of the decoder.
+      config: Its configuration.
+      prefix: The prompts without their last token, from `prefill`; at least one token each.
+      last_token: `i32[B]`, the last token of each prompt.
+      keys: `[B, K]` random keys, one a sample.
+      controls: Temperature, nucleus mass and length limit.
+      layout: The automaton each prompt's samples follow, with leading axis B; None for free text.
+      text_mask: `bool[V]`, the tokens allowed in a layout's free text; needed with `layout`.
+      eos_ids: Tokens that end a sample.
+      capacity: T, at least `controls.max_new_tokens`.
+      greedy: Take the likeliest token instead of sampling.
+      top_k: Sample among this many likeliest tokens; 0 for all.
+      nucleus: Whether `controls.top_p` is applied.
+
+    Returns:
+      The samples, as `Rollouts`.
+    """
+    shape = keys.shape
+    eos = jnp.asarray(eos_ids, jnp.int32)
+
+    def pick(
+        key: jax.Array, logits: jax.Array, at: LayoutState, layout: Layout | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, LayoutState]:
+        token, logprob, sampled = _sample(
+            key,
+            logits,
+            controls,
+            mask=text_mask,
+            edges=None if layout is None else allowed_edges(layout, at),
+            greedy=greedy,
+            top_k=top_k,
+            nucleus=nucleus,
+        )
+        if layout is not None:
+            at = advance(layout, at, token)
+        return token, logprob, sampled, at
+
+    pick_rows = jax.vmap(jax.vmap(pick, in_axes=(0, 0, 0, None)))
+    fold_rows = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+
+    def body(carry: tuple) -> tuple:
+        step, token, own, at, out = carry
+        hidden, (key, value) = forward_parallel(params, config, token, past=(prefix,), own=own)
+        logits = unembed(params, config, hidden)
+        own = Segment(
+            jax.lax.dynamic_update_slice_in_dim(own.keys, key[..., None], step, axis=-1),
+            jax.lax.dynamic_update_slice_in_dim(own.values, value[..., None, :], step, axis=-2),
+            own.start,
+            own.length + 1,
+        )
+        token, logprob, sampled, at = pick_rows(fold_rows(keys, step), logits, at, layout)
+        alive = ~_finished(out, controls)
+        ended = (token[..., None] == eos).any(axis=-1)
+        out = Rollouts(
+            tokens=out.tokens.at[:, :, step].set(token),
+            length=out.length + alive,
+            stopped=out.stopped | (alive & ended),
+            logprobs=out.logprobs.at[:, :, step].set(logprob),
+            sampled_logprobs=out.sampled_logprobs.at[:, :, step].set(sampled),
+        )
+        return step + 1, token, own, at, out
+
+    def unfinished(carry: tuple) -> jax.Array:
+        return ~_finished(carry[-1], controls).all()
+
+    room = (config.num_layers, *shape, config.num_kv_heads)
+    zeros = jnp.zeros(shape, jnp.int32)
+    own = Segment(
+        jnp.zeros((*room, config.head_dim, capacity), prefix.keys.dtype),
+        jnp.zeros((*room, capacity, config.head_dim), prefix.values.dtype),
+        jnp.broadcast_to(prefix.length[:, None], shape),
+        zeros,
+    )
+    out = Rollouts(
+        tokens=jnp.zeros((*shape, capacity), jnp.int32),
+        length=zeros,
+        stopped=jnp.zeros(shape, bool),
+        logprobs=jnp.zeros((*shape, capacity), jnp.float32),
+        sampled_logprobs=jnp.zeros((*shape, capacity), jnp.float32),
+    )
+    token = jnp.broadcast_to(last_token[:, None], shape)
+    carry = (jnp.int32(0), token, own, LayoutState(zeros, zeros), out)
+    return jax.lax.while_loop(unfinished, body, carry)[-1]
+
+
+def _finished(out: Rollouts, controls: Controls) -> jax.Array:
+    return out.stopped | (out.length >= controls.max_new_tokens)
+
+
+def _sample(
+    key: jax.Array,
+    logits: jax.Array,
+    controls: Controls,
+    *,
+    mask: jax.Array | None,
+    edges: tuple[jax.Array, jax.Array, jax.Array] | None,
+    greedy: bool,
+    top_k: int,
+    nucleus: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token from logits `f32[V]`, its log-probability in full and as sampled."""
+    scaled = logits if greedy else logits / controls.temperature
+    top = scaled.max()
+    log_total = jnp.log(jnp.exp(scaled - top).sum()) + top
+    kept = scaled if mask is None or edges is None else jnp.where(mask, scaled, -jnp.inf)
+    kept = truncate(kept, top_k=top_k, top_p=controls.top_p if nucleus else None)
+    token, log_kept = _draw(key, kept, greedy=greedy)
+    if edges is not None:
+        free, candidates, open_ = edges
+        few = jnp.where(open_, scaled[candidates], -jnp.inf)
+        place, log_few = _draw(key, few, greedy=greedy)
+        token = jnp.where(free, token, candidates[place])
+        log_kept = jnp.where(free, log_kept, log_few)
+    chosen = scaled[token]
+    sampled = jnp.zeros_like(chosen) if greedy else chosen - log_kept
+    return token, chosen - log_total, sampled
+
+
+def _draw(key: jax.Array, scaled: jax.Array, *, greedy: bool) -> tuple[jax.Array, jax.Array]:
+    """A draw from `softmax(scaled)` and the log of the normaliser.
+
+    One uniform number is looked up in the cumulative distribution, block by block: a pass over the
+    vocabulary instead of one random number for each of its tokens.
+    """
+    top = scaled.max()
+    if greedy:
+        return scaled.argmax().astype(jnp.int32), top
+    weights = jnp.exp(scaled - top)
+    padded = jnp.pad(weights, (0, -weights.shape[0] % _CDF_BLOCK)).reshape(-1, _CDF_BLOCK)
+    block_sums = padded.sum(axis=-1)
+    cumulative = jnp.cumsum(block_sums)
+    total = cumulative[-1]
+    target = jax.random.uniform(key) * total
+    block = _first_above(cumulative, target, block_sums)
+    rest = jnp.maximum(target - (cumulative[block] - block_sums[block]), 0.0)
+    inside = padded[block]
+    place = _first_above(jnp.cumsum(inside), rest, inside)
+    return (block * _CDF_BLOCK + place).astype(jnp.int32), jnp.log(total) + top
+
+
+def _first_above(cumulative: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
+    """First index whose cumulative weight exceeds the target; never one of zero weight."""
+    index = (cumulative <= target).sum()
+    positive = jnp.where(weights > 0, jnp.arange(weights.shape[0]), 0)
+    return jnp.minimum(index, positive.max())
+
+
+def truncate(scaled: jax.Array, *, top_k: int = 0, top_p: jax.Array | None = None) -> jax.Array:
+    """Logits `f32[V]` with all but the likeliest tokens at -inf.
+
+    Args:
+      scaled: Logits after the temperature.
+      top_k: Keep this many (and what ties with the last of them); 0 keeps all.
+      top_p: Keep the fewest likeliest tokens whose probability, among those `top_k` left, reaches
+        this; None keeps all.
+    """
+    if top_k == 0 and top_p is None:
+        return scaled
+    ordered = jnp.sort(scaled, descending=True)
+    if top_k:
+        floor = ordered[min(top_k, scaled.shape[0]) - 1]
+        scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
+        ordered = jnp.where(ordered >= floor, ordered, -jnp.inf)
+    if top_p is not None:
+        probabilities = jax.nn.softmax(ordered)
+        before = jnp.cumsum(probabilities) - probabilities
+        floor = jnp.where(before < top_p, ordered, jnp.inf).min()
+        scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
+    return scaled
