@@ -14,18 +14,22 @@ from grm_jax.data.comparison import (
     read_comparisons,
     to_record,
 )
+from grm_jax.data.output import LineWriter, provenance, to_line
 
 __all__ = [
     "BadRecord",
     "BestLabel",
     "Comparison",
     "Label",
+    "LineWriter",
     "Message",
     "PointwiseLabel",
     "ScoresLabel",
     "best_index",
     "examples_path",
     "from_record",
+    "provenance",
     "read_comparisons",
+    "to_line",
     "to_record",
 ]

@@ -11,6 +11,7 @@ from grm_jax.models.decoder import (
     logits,
     param_axes,
     unembed,
+    unstack_layers,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "logits",
     "param_axes",
     "unembed",
+    "unstack_layers",
 ]

@@ -7,7 +7,7 @@ samples of a row share, so that their k queries meet its keys in one matrix prod
 sample has written is a segment of its own.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ QUERY_BLOCK = 512
 
 
 class Segment(NamedTuple):
-    """Keys and values of consecutive tokens, in one layer or, stacked, in all of them.
+    """Keys and values of consecutive tokens, in one layer or in all of them.
+
+    All layers are stacked along a leading axis L or, where layers are not scanned, a tuple of one
+    array a layer.
 
     The batch axes are `[B]` for tokens that a whole row attends to, or `[B, K]` where each of K
     parallel samples has its own.
@@ -29,8 +32,8 @@ class Segment(NamedTuple):
       length: `i32[batch]`, how many of the S tokens are there; the rest is padding.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
     start: jax.Array
     length: jax.Array
 

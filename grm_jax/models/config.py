@@ -45,6 +45,7 @@ class DecoderConfig:
       windows: For each layer, how many tokens back it sees, itself included; `GLOBAL_WINDOW`
         where it sees all.
       dtype: Type that activations and matrix products are computed in.
+      scan_layers: Whether layers are stacked and scanned over; see `unstack_layers`.
     """
 
     family: str
@@ -68,6 +69,7 @@ class DecoderConfig:
     rope_theta_local: float = 10_000.0
     windows: tuple[int, ...]
     dtype: DtypeName = "float32"
+    scan_layers: bool = True
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -8,6 +8,7 @@ names; which mesh axes they fall on is decided elsewhere.
 Kernels are stored as `[outputs..., inputs...]`, the order of published checkpoints.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ from grm_jax.models.config import GLOBAL_WINDOW, DecoderConfig
 
 Params = Any
 """A pytree of parameters, as `init_params` and the checkpoint readers return it."""
+
+KeysValues = tuple[Any, Any]
+"""Keys and values: two arrays, or two tuples with an array for each layer."""
 
 
 def _param(
@@ -104,8 +108,8 @@ class Bounds(NamedTuple):
 class Cache(NamedTuple):
     """Cached keys and values that go with `Bounds`, in one layer or stacked over all."""
 
-    past: tuple[tuple[jax.Array, jax.Array], ...]
-    own: tuple[jax.Array, jax.Array] | None
+    past: tuple[KeysValues, ...]
+    own: KeysValues | None
 
 
 class Attention(nn.Module):
@@ -121,7 +125,7 @@ class Attention(nn.Module):
         cache: Cache,
         window: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, KeysValues]:
         c = self.config
         query = Linear((c.num_heads, c.head_dim), ("heads", "head_dim", "embed"), name="q")(x)
         kv_axes = (None, "kv_heads", "head_dim", "embed")
@@ -183,7 +187,7 @@ class Layer(nn.Module):
         ropes: tuple[jax.Array, jax.Array],
         cache: Cache,
         window: jax.Array,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, KeysValues]:
         c = self.config
 
         def norm(name: str) -> RMSNorm:
@@ -212,15 +216,18 @@ class Decoder(nn.Module):
         self.embedding = _param(self, "embedding", init, ("vocab", "embed"), shape)
         if not c.tie_embeddings:
             self.head = _param(self, "head", init, ("vocab", "embed"), shape)
-        self.layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-            out_axes=0,
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        if c.scan_layers:
+            self.layers: Any = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+                out_axes=0,
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+        else:
+            self.layers = [Layer(c) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, "embed")
 
     def __call__(
@@ -229,7 +236,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         bounds: Bounds,
         cache: Cache,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, KeysValues]:
         """Final hidden states `[B, T, D]` and the keys and values of these tokens, all layers."""
         c = self.config
         x = self.embedding[tokens].astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
@@ -242,8 +249,17 @@ class Decoder(nn.Module):
             jnp.stack([cos for cos, _ in tables]),
             jnp.stack([sin for _, sin in tables]),
         )
-        x, new = self.layers(x, bounds, ropes, cache, jnp.asarray(c.windows, jnp.int32))
-        return self.final_norm(x), new
+        if c.scan_layers:
+            x, new = self.layers(x, bounds, ropes, cache, jnp.asarray(c.windows, jnp.int32))
+            return self.final_norm(x), new
+        keys, values = [], []
+        for index, layer in enumerate(self.layers):
+            own = None if cache.own is None else (cache.own[0][index], cache.own[1][index])
+            here = Cache(tuple((k[index], v[index]) for k, v in cache.past), own)
+            x, (key, value) = layer(x, bounds, ropes, here, jnp.int32(c.windows[index]))
+            keys.append(key)
+            values.append(value)
+        return self.final_norm(x), (tuple(keys), tuple(values))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits `f32[..., V]` of hidden states `[..., D]`."""
@@ -272,7 +288,7 @@ def _apply(
     positions: jax.Array,
     bounds: Bounds,
     cache: Cache,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, KeysValues]:
     out: Any = Decoder(config).apply({"params": params}, tokens, positions, bounds, cache)
     return out
 
@@ -315,7 +331,7 @@ def forward_parallel(
     *,
     past: tuple[Segment, ...],
     own: Segment,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, KeysValues]:
     """Runs the decoder on the next token of K parallel samples of each row.
 
     Samples of a row share the past segments and do not see one another.
@@ -346,6 +362,27 @@ def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arr
     """Logits `f32[..., V]` of hidden states `[..., D]`."""
     out: Any = Decoder(config).apply({"params": params}, hidden, method=Decoder.unembed)
     return out
+
+
+def unstack_layers(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
+    """The same model with an array of its own for every layer's parameters.
+
+    A scan over stacked layers compiles fast and is how parameters are stored. But XLA on CPUs
+    copies each layer's slice before it is used, which in decoding costs as much as the products.
+    With the layers apart nothing is copied; caches are then tuples of one array a layer, wherever
+    stacked ones have a leading axis L.
+
+    Args:
+      config: With `scan_layers` true.
+      params: Stacked parameters.
+
+    Returns:
+      The configuration and parameters of the unrolled decoder; the embedding is shared.
+    """
+    apart = {name: leaf for name, leaf in params.items() if name != "layers"}
+    for index in range(config.num_layers):
+        apart[f"layers_{index}"] = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+    return dataclasses.replace(config, scan_layers=False), apart
 
 
 def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from grm_jax import grammar
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params, Segment
+from grm_jax.models import DecoderConfig, Params, Segment, unstack_layers
 from grm_jax.prompts import Tokenizer
 from grm_jax.rewards import extract_scores, restore_order
 from grm_jax.sampling.layout import Layout, judgement_layout
@@ -135,6 +135,11 @@ class JudgeSampler:
         return all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
 
     @functools.cached_property
+    def _decoder(self) -> tuple[DecoderConfig, Params]:
+        """The decoder as the loop over tokens wants it."""
+        return unstack_layers(self.config, self.params) if self._cpu else (self.config, self.params)
+
+    @functools.cached_property
     def _text_mask(self) -> jax.Array:
         mask = np.ones(self.config.vocab_size, bool)
         mask[sorted(self.tokenizer.control_ids)] = False
@@ -198,7 +203,7 @@ class JudgeSampler:
             tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
             length = np.asarray([len(job.tokens) - 1], np.int32)
             segments.append(prefill(self.params, self.config, tokens, length))
-        return _stack(segments, rows)
+        return _stack(segments, rows, apart=self._cpu)
 
     def _decode(
         self, jobs: Sequence[PromptJob], shape: JobShape, rows: int, prefix: Segment
@@ -215,9 +220,10 @@ class JudgeSampler:
         if settings.constrain:
             layouts = [self.layout(int(count)) for count in counts]
             layout = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
+        config, params = self._decoder
         out = decode(
-            self.params,
-            self.config,
+            params,
+            config,
             prefix,
             np.asarray([job.tokens[-1] for job in padded], np.int32),
             keys,
@@ -272,9 +278,12 @@ class JudgeSampler:
         )
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _stack(segments: Sequence[Segment], rows: int) -> Segment:
-    """Segments of one prompt each, as one of `rows`; the rows that are left are empty."""
+@functools.partial(jax.jit, static_argnames=("rows", "apart"))
+def _stack(segments: Sequence[Segment], rows: int, apart: bool) -> Segment:
+    """Segments of one prompt each, as one of `rows`; the rows that are left are empty.
+
+    With `apart`, the layers become a tuple.
+    """
 
     def join(axis: int, *leaves: jax.Array) -> jax.Array:
         whole = jnp.concatenate(leaves, axis=axis)
@@ -283,4 +292,11 @@ def _stack(segments: Sequence[Segment], rows: int) -> Segment:
         return jnp.pad(whole, spare)
 
     keys, values, starts, lengths = zip(*segments, strict=True)
-    return Segment(join(1, *keys), join(1, *values), join(0, *starts), join(0, *lengths))
+    bounds = join(0, *starts), join(0, *lengths)
+    if not apart:
+        return Segment(join(1, *keys), join(1, *values), *bounds)
+
+    def layers(leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(join(0, *(leaf[i] for leaf in leaves)) for i in range(leaves[0].shape[0]))
+
+    return Segment(layers(keys), layers(values), *bounds)

@@ -138,8 +138,8 @@ def decode(
         hidden, (key, value) = forward_parallel(params, config, token, past=(prefix,), own=own)
         logits = unembed(params, config, hidden)
         own = Segment(
-            jax.lax.dynamic_update_slice_in_dim(own.keys, key[..., None], step, axis=-1),
-            jax.lax.dynamic_update_slice_in_dim(own.values, value[..., None, :], step, axis=-2),
+            jax.tree.map(lambda old, new: _write(old, new, step, -1), own.keys, key),
+            jax.tree.map(lambda old, new: _write(old, new, step, -2), own.values, value),
             own.start,
             own.length + 1,
         )
@@ -158,11 +158,15 @@ def decode(
     def unfinished(carry: tuple) -> jax.Array:
         return ~_finished(carry[-1], controls).all()
 
-    room = (config.num_layers, *shape, config.num_kv_heads)
+    def room(cached: jax.Array, *sizes: int) -> jax.Array:
+        heads = cached.shape[-3]
+        lead = cached.shape[:-4]  # the layers, if they are stacked
+        return jnp.zeros((*lead, *shape, heads, *sizes), cached.dtype)
+
     zeros = jnp.zeros(shape, jnp.int32)
     own = Segment(
-        jnp.zeros((*room, config.head_dim, capacity), prefix.keys.dtype),
-        jnp.zeros((*room, capacity, config.head_dim), prefix.values.dtype),
+        jax.tree.map(lambda leaf: room(leaf, config.head_dim, capacity), prefix.keys),
+        jax.tree.map(lambda leaf: room(leaf, capacity, config.head_dim), prefix.values),
         jnp.broadcast_to(prefix.length[:, None], shape),
         zeros,
     )
@@ -176,6 +180,10 @@ def decode(
     token = jnp.broadcast_to(last_token[:, None], shape)
     carry = (jnp.int32(0), token, own, LayoutState(zeros, zeros), out)
     return jax.lax.while_loop(unfinished, body, carry)[-1]
+
+
+def _write(cache: jax.Array, new: jax.Array, step: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.expand_dims(new, axis), step, axis)
 
 
 def _finished(out: Rollouts, controls: Controls) -> jax.Array:

@@ -14,12 +14,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Shape = TypeVar("Shape", bound=Hashable)
 
-LENGTHS = tuple(
-    size * scale
-    for scale in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    for size in ((128, 192) if scale == 1 else (128, 160, 192, 224))
-)
-"""Padded prompt lengths, in tokens: steps of a quarter of a power of two waste a tenth."""
+LENGTHS = tuple(size << doubling for doubling in range(11) for size in (128, 192))
+"""Padded lengths, in tokens: two to a doubling, so that few programs are compiled."""
 
 
 def bucket(size: int, sizes: Sequence[int] = LENGTHS) -> int:

@@ -1,0 +1,1 @@
+"""The command line, `grm-jax`: one thin file for each subcommand."""

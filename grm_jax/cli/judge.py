@@ -1,0 +1,153 @@
+"""`grm-jax judge`: judges the comparisons of a file."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from grm_jax.cli.display import show_judgement
+from grm_jax.data import BadRecord, Comparison, LineWriter, read_comparisons, to_line
+from grm_jax.errors import UsageError
+from grm_jax.judge import DEFAULT_TEMPLATE, GRM, Judgement
+from grm_jax.sampling import ORDER_POLICIES
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which model judges and how it is sampled."""
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="a built-in name, a GGUF file or a folder")
+    add("--samples", type=int, default=8, metavar="K", help="judgements a record (default 8)")
+    add("--temperature", type=float, default=0.5, metavar="T", help="0 is greedy (default 0.5)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass (default 1, all)")
+    add("--top-k", type=int, default=0, metavar="N", help="likeliest tokens only (default 0, all)")
+    add(
+        "--max-new-tokens", type=int, default=256, metavar="T", help="tokens a sample (default 256)"
+    )
+    add("--orders", choices=ORDER_POLICIES, default="shuffle", help="order of the responses")
+    add(
+        "--constrain",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="make samples follow the layout of a judgement, so that all are readable",
+    )
+    add("--template", default=DEFAULT_TEMPLATE, help="a built-in prompt template or a file")
+    add("--seed", type=int, default=0, help="of samples, orders and ties (default 0)")
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `GRM.judge_batch` that the flags state."""
+    return {
+        "samples": args.samples,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "max_new_tokens": args.max_new_tokens,
+        "orders": args.orders,
+        "constrain": args.constrain,
+        "template": args.template,
+        "seed": args.seed,
+    }
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `judge` to the subcommands."""
+    parser = commands.add_parser(
+        "judge",
+        help="judge the comparisons of a file",
+        description="Judges comparisons, one JSON object a line. On a terminal it shows a table "
+        "with the winning critique, elsewhere it writes JSON lines.",
+    )
+    parser.add_argument("file", metavar="FILE", help="JSON lines, plain or gzipped; - for stdin")
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="write JSON lines there; resumes if killed"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Judges the file; returns whether every record could be judged."""
+    settings = sampling_settings(args)
+    records = read_comparisons(args.file)
+    total = None if args.file == "-" else sum(1 for _ in read_comparisons(args.file))
+    if args.output is None:
+        grm = GRM.from_pretrained(args.model)
+        return _to_screen(grm, records, total, settings)
+    with LineWriter.open(args.output, {"model": args.model, **settings}) as writer:
+        rest = _skip_done(records, writer.done, args.output)
+        grm = GRM.from_pretrained(args.model)
+        failed = writer.failed
+        shown = _with_progress(grm.judge_batch(rest, **settings), total, len(writer.done))
+        for judgement in shown:
+            # Times differ from run to run; without them the file is the same to the last byte.
+            record = judgement.to_record()
+            record["usage"]["seconds"] = None
+            writer.write(record)
+            failed += judgement.error is not None
+    return failed == 0
+
+
+def _to_screen(
+    grm: GRM,
+    records: Iterable[Comparison | BadRecord],
+    total: int | None,
+    settings: dict[str, Any],
+) -> bool:
+    waiting: dict[str, Comparison] = {}
+
+    def remembered() -> Iterator[Comparison | BadRecord]:
+        for record in records:
+            if isinstance(record, Comparison):
+                waiting[record.id] = record
+            yield record
+
+    failed = 0
+    console = Console() if sys.stdout.isatty() else None
+    for judgement in _with_progress(grm.judge_batch(remembered(), **settings), total, 0):
+        comparison = waiting.pop(judgement.id, None)
+        if console is None:
+            print(to_line(judgement.to_record()), flush=True)
+        else:
+            show_judgement(console, comparison, judgement)
+        failed += judgement.error is not None
+    return failed == 0
+
+
+def _skip_done(
+    records: Iterator[Comparison | BadRecord], done: list[str], output: Path
+) -> Iterator[Comparison | BadRecord]:
+    for written, record in zip(done, islice(records, len(done)), strict=False):
+        if record.id != written:
+            raise UsageError(
+                f"{output} goes on from another input: it has {written!r} where this one has "
+                f"{record.id!r}; give another --output"
+            )
+    return records
+
+
+def _with_progress(
+    judgements: Iterator[Judgement], total: int | None, done: int
+) -> Iterator[Judgement]:
+    """Passes judgements on under a progress bar, if standard error is a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("judging", total=total, completed=done, rate="")
+        tokens = 0
+        for judgement in judgements:
+            tokens += judgement.completion_tokens
+            elapsed = progress.tasks[task].elapsed or 0.0
+            rate = f"{tokens / elapsed:.0f} tokens/s" if elapsed > 0 else ""
+            progress.update(task, advance=1, rate=rate)
+            yield judgement

@@ -1,0 +1,51 @@
+"""`grm-jax`: finds the subcommand and turns mistakes into one line and an exit status."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from grm_jax.checkpoints.sources import cache_folder
+from grm_jax.cli import judge
+from grm_jax.errors import UsageError
+from grm_jax.version import __version__
+
+OK, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+      The exit status: 0 if all is done, 1 if some records failed, 2 if the call was wrong, 130 if
+      it was interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="grm-jax", description="Generative reward models: judge, train and scale."
+    )
+    parser.add_argument("--version", action="version", version=f"grm_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    judge.add_parser(commands)
+    args = parser.parse_args(argv)
+    _keep_compiled_programs()
+    try:
+        return OK if args.run(args) else SOME_FAILED
+    except UsageError as error:
+        print(f"grm-jax: {error}", file=sys.stderr)
+        return WRONG_CALL
+    except KeyboardInterrupt:
+        print("grm-jax: interrupted; what was written is complete", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SOME_FAILED
+
+
+def _keep_compiled_programs() -> None:
+    """Lets the next run find the programs that this one compiles."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder().parent / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
