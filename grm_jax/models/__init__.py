@@ -5,13 +5,13 @@ from grm_jax.models.config import DecoderConfig, dtype_name, gemma3_config, llam
 from grm_jax.models.decoder import (
     Params,
     abstract_params,
+    cpu_decoder,
     forward,
     forward_parallel,
     init_params,
     logits,
     param_axes,
     unembed,
-    unstack_layers,
 )
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Params",
     "Segment",
     "abstract_params",
+    "cpu_decoder",
     "dtype_name",
     "forward",
     "forward_parallel",
@@ -28,5 +29,4 @@ __all__ = [
     "logits",
     "param_axes",
     "unembed",
-    "unstack_layers",
 ]

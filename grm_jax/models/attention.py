@@ -64,11 +64,11 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates `x [B, T, heads, head_dim]` by tables `[B, T, head_dim // 2]`, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    sines = jnp.stack([-sin, sin], axis=-2)[:, :, None]
+    # Swapping the halves fuses into the sum; a concatenation would not.
+    turned = halves * cos[:, :, None, None] + jnp.flip(halves, axis=-2) * sines
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def attend(
@@ -161,7 +161,7 @@ def _part(query: jax.Array, segment: Segment, mask: jax.Array) -> _Part:
 
     A row that sees nothing has a maximum of the lowest finite number and drops out of the join.
     """
-    batch = "bkh"[: segment.keys.ndim - 2]
+    batch = "bh" if segment.keys.ndim == 4 else "bkh"
     free = "xyz"[: query.ndim - segment.keys.ndim + 1]
     scores = jnp.einsum(
         f"{batch}{free}d,{batch}ds->{batch}{free}s",

@@ -45,7 +45,9 @@ class DecoderConfig:
       windows: For each layer, how many tokens back it sees, itself included; `GLOBAL_WINDOW`
         where it sees all.
       dtype: Type that activations and matrix products are computed in.
-      scan_layers: Whether layers are stacked and scanned over; see `unstack_layers`.
+      scan_layers: Whether layers are stacked and scanned over.
+      weights_first: Whether products are written with the weights on the left; see
+        `cpu_decoder`.
     """
 
     family: str
@@ -70,6 +72,7 @@ class DecoderConfig:
     windows: tuple[int, ...]
     dtype: DtypeName = "float32"
     scan_layers: bool = True
+    weights_first: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

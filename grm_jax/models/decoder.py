@@ -9,6 +9,7 @@ Kernels are stored as `[outputs..., inputs...]`, the order of published checkpoi
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,19 @@ def _param(
     return value
 
 
+def product(x: jax.Array, kernel: jax.Array, *, weights_first: bool) -> jax.Array:
+    """`x [..., i]` times `kernel [o, i]`: `[..., o]`.
+
+    With `weights_first` the compiler sees the product as kernel times x, which on CPUs is the fast
+    order while x has few rows; the barrier keeps it from turning the order round again.
+    """
+    if not weights_first:
+        return jnp.einsum("...i,oi->...o", x, kernel)
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.optimization_barrier(jnp.einsum("oi,ri->or", kernel, rows))
+    return out.T.reshape(*x.shape[:-1], -1)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm in float32; `offset` is added to the stored scale."""
 
@@ -66,11 +80,13 @@ class Linear(nn.Module):
       outputs: Sizes of the output axes.
       axes: Logical names of the kernel's axes: the outputs', then the inputs'.
       inputs: How many trailing axes of the argument are contracted.
+      weights_first: Whether the weights are the product's left operand.
     """
 
     outputs: tuple[int, ...]
     axes: tuple[str | None, ...]
     inputs: int = 1
+    weights_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -85,7 +101,7 @@ class Linear(nn.Module):
         kernel = _param(self, "kernel", init, self.axes, (*self.outputs, *contracted))
         flat_x = x.reshape(*x.shape[: -self.inputs], -1)
         flat_kernel = kernel.astype(x.dtype).reshape(-1, flat_x.shape[-1])
-        out = jnp.einsum("...i,oi->...o", flat_x, flat_kernel)
+        out = product(flat_x, flat_kernel, weights_first=self.weights_first)
         return out.reshape(*out.shape[:-1], *self.outputs)
 
 
@@ -127,9 +143,10 @@ class Attention(nn.Module):
         rope: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, KeysValues]:
         c = self.config
-        query = Linear((c.num_heads, c.head_dim), ("heads", "head_dim", "embed"), name="q")(x)
+        linear = functools.partial(Linear, weights_first=c.weights_first)
+        query = linear((c.num_heads, c.head_dim), ("heads", "head_dim", "embed"), name="q")(x)
         kv_axes = (None, "kv_heads", "head_dim", "embed")
-        both = Linear((2, c.num_kv_heads, c.head_dim), kv_axes, name="kv")(x)
+        both = linear((2, c.num_kv_heads, c.head_dim), kv_axes, name="kv")(x)
         key, value = both[:, :, 0], both[:, :, 1]
         if c.qk_norm:
             query = RMSNorm(c.norm_eps, c.norm_offset, "head_dim", name="q_norm")(query)
@@ -155,7 +172,7 @@ class Attention(nn.Module):
             current = Segment(key, value, bounds.start, bounds.length)
             mixed = attend(query, current, past, window)
         mixed = nn.with_logical_constraint(mixed, ("batch", "length", "heads", "head_dim"))
-        out = Linear((c.width,), ("embed", "heads", "head_dim"), inputs=2, name="out")(mixed)
+        out = linear((c.width,), ("embed", "heads", "head_dim"), inputs=2, name="out")(mixed)
         return out, (key, value)
 
 
@@ -167,11 +184,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        both = Linear((2, c.mlp_dim), (None, "mlp", "embed"), name="gate_up")(x)
+        linear = functools.partial(Linear, weights_first=c.weights_first)
+        both = linear((2, c.mlp_dim), (None, "mlp", "embed"), name="gate_up")(x)
         gate, up = both[:, :, 0], both[:, :, 1]
         act = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         hidden = nn.with_logical_constraint(act * up, ("batch", "length", "mlp"))
-        return Linear((c.width,), ("embed", "mlp"), name="down")(hidden)
+        return linear((c.width,), ("embed", "mlp"), name="down")(hidden)
 
 
 class Layer(nn.Module):
@@ -264,12 +282,9 @@ class Decoder(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits `f32[..., V]` of hidden states `[..., D]`."""
         matrix = self.embedding if self.config.tie_embeddings else self.head
-        logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            matrix.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        matrix = matrix.astype(hidden.dtype)
+        logits = product(hidden, matrix, weights_first=self.config.weights_first)
+        logits = logits.astype(jnp.float32)
         names = ("batch", "length", "vocab")[-logits.ndim :]
         return nn.with_logical_constraint(logits, names)
 
@@ -364,13 +379,13 @@ def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arr
     return out
 
 
-def unstack_layers(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
-    """The same model with an array of its own for every layer's parameters.
+def cpu_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
+    """The same model in the form that decodes fastest on CPUs.
 
     A scan over stacked layers compiles fast and is how parameters are stored. But XLA on CPUs
     copies each layer's slice before it is used, which in decoding costs as much as the products.
-    With the layers apart nothing is copied; caches are then tuples of one array a layer, wherever
-    stacked ones have a leading axis L.
+    Here every layer has arrays of its own, and products are written weights first. Caches are then
+    tuples of one array a layer, wherever stacked ones have a leading axis L.
 
     Args:
       config: With `scan_layers` true.
@@ -382,7 +397,7 @@ def unstack_layers(config: DecoderConfig, params: Params) -> tuple[DecoderConfig
     apart = {name: leaf for name, leaf in params.items() if name != "layers"}
     for index in range(config.num_layers):
         apart[f"layers_{index}"] = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
-    return dataclasses.replace(config, scan_layers=False), apart
+    return dataclasses.replace(config, scan_layers=False, weights_first=True), apart
 
 
 def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:

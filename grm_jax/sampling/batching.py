@@ -16,7 +16,7 @@ import numpy as np
 
 from grm_jax import grammar
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params, Segment, unstack_layers
+from grm_jax.models import DecoderConfig, Params, Segment, cpu_decoder
 from grm_jax.prompts import Tokenizer
 from grm_jax.rewards import extract_scores, restore_order
 from grm_jax.sampling.layout import Layout, judgement_layout
@@ -137,7 +137,7 @@ class JudgeSampler:
     @functools.cached_property
     def _decoder(self) -> tuple[DecoderConfig, Params]:
         """The decoder as the loop over tokens wants it."""
-        return unstack_layers(self.config, self.params) if self._cpu else (self.config, self.params)
+        return cpu_decoder(self.config, self.params) if self._cpu else (self.config, self.params)
 
     @functools.cached_property
     def _text_mask(self) -> jax.Array:

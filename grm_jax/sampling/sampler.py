@@ -10,7 +10,7 @@ run through kernels whose rows do not influence each other.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,15 +135,12 @@ def decode(
 
     def body(carry: tuple) -> tuple:
         step, token, own, at, out = carry
-        hidden, (key, value) = forward_parallel(params, config, token, past=(prefix,), own=own)
+        hidden, new = forward_parallel(params, config, token, past=(prefix,), own=own)
         logits = unembed(params, config, hidden)
-        own = Segment(
-            jax.tree.map(lambda old, new: _write(old, new, step, -1), own.keys, key),
-            jax.tree.map(lambda old, new: _write(old, new, step, -2), own.values, value),
-            own.start,
-            own.length + 1,
-        )
         token, logprob, sampled, at = pick_rows(fold_rows(keys, step), logits, at, layout)
+        # The place is `step`, but known only once a token is: else XLA, which cannot tell that the
+        # cache is read before it is written, would copy it.
+        own = _append(own, new, jnp.minimum(step, step + token.min()))
         alive = ~_finished(out, controls)
         ended = (token[..., None] == eos).any(axis=-1)
         out = Rollouts(
@@ -182,8 +179,19 @@ def decode(
     return jax.lax.while_loop(unfinished, body, carry)[-1]
 
 
-def _write(cache: jax.Array, new: jax.Array, step: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.expand_dims(new, axis), step, axis)
+def _append(own: Segment, new: tuple[Any, Any], place: jax.Array) -> Segment:
+    """The samples' segment with the keys and values of one more token."""
+
+    def write(axis: int, cache: jax.Array, token: jax.Array) -> jax.Array:
+        token = jnp.expand_dims(token, axis)
+        return jax.lax.dynamic_update_slice_in_dim(cache, token, place, axis)
+
+    return Segment(
+        jax.tree.map(functools.partial(write, -1), own.keys, new[0]),
+        jax.tree.map(functools.partial(write, -2), own.values, new[1]),
+        own.start,
+        own.length + 1,
+    )
 
 
 def _finished(out: Rollouts, controls: Controls) -> jax.Array:
