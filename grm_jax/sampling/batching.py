@@ -203,7 +203,7 @@ class JudgeSampler:
             tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
             length = np.asarray([len(job.tokens) - 1], np.int32)
             segments.append(prefill(self.params, self.config, tokens, length))
-        return _stack(segments, rows, apart=self._cpu)
+        return stack_prefixes(segments, rows, apart=self._cpu)
 
     def _decode(
         self, jobs: Sequence[PromptJob], shape: JobShape, rows: int, prefix: Segment
@@ -279,7 +279,7 @@ class JudgeSampler:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "apart"))
-def _stack(segments: Sequence[Segment], rows: int, apart: bool) -> Segment:
+def stack_prefixes(segments: Sequence[Segment], rows: int, apart: bool) -> Segment:
     """Segments of one prompt each, as one of `rows`; the rows that are left are empty.
 
     With `apart`, the layers become a tuple.
