@@ -62,8 +62,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     from grm_jax import checkpoints
     from grm_jax.models import cpu_decoder
-    from grm_jax.sampling import Controls, bucket, decode, prefill
-    from grm_jax.sampling.batching import stack_prefixes
+    from grm_jax.sampling import Controls, bucket, decode, empty_prefix, place_prefix, prefill
 
     config, params = checkpoints.load(MODEL)
     decoder_config, decoder_params = cpu_decoder(config, params)
@@ -74,7 +73,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     def run(count: int) -> None:
         length = np.asarray([args.prompt - 1], np.int32)
-        prefix = stack_prefixes([prefill(params, config, padded, length)], rows=1, apart=True)
+        room = empty_prefix(decoder_config, rows=1, size=size)
+        prefix = place_prefix(room, prefill(params, config, padded, length), 0)
         keys = jax.random.split(jax.random.key(count), (1, count))
         out = decode(
             decoder_params,

@@ -25,7 +25,13 @@ from grm_jax.prompts import (
 )
 from grm_jax.rewards import rank, tied_for_best, vote
 from grm_jax.sampling import power_of_two, response_orders, run_in_order
-from grm_jax.sampling.batching import JudgeSampler, PromptJob, PromptResult, SamplingSettings
+from grm_jax.sampling.batching import (
+    JudgeSampler,
+    PromptJob,
+    PromptResult,
+    SamplingSettings,
+    loop_decoder,
+)
 from grm_jax.sampling.orders import ORDER_POLICIES
 
 DEFAULT_TEMPLATE = "compact"
@@ -162,6 +168,7 @@ class GRM:
         cls,
         name_or_path: str,
         *,
+        adapter: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         dtype: DTypeLike | None = None,
     ) -> "GRM":
@@ -169,12 +176,15 @@ class GRM:
 
         Args:
           name_or_path: A built-in name (fetched on first use), a GGUF file or a folder with one.
+          adapter: A LoRA adapter; none can be read yet, so only None is taken.
           mesh: Where to place the parameters; the default device if None.
           dtype: Type of parameters and computation: by default float32 on CPUs, else bfloat16.
 
         Raises:
           UsageError: If there is no such model, or its files cannot be read.
         """
+        if adapter is not None:
+            raise UsageError(f"adapter {adapter!r} cannot be loaded: this version reads none")
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         file = checkpoints.open_checkpoint(name_or_path)
@@ -184,6 +194,10 @@ class GRM:
         return cls(
             name=name_or_path, config=config, params=params, tokenizer=tokenizer, table=table
         )
+
+    @functools.cached_property
+    def _loop(self) -> tuple[DecoderConfig, Params]:
+        return loop_decoder(self.config, self.params)
 
     def judge(
         self,
@@ -256,6 +270,7 @@ class GRM:
         sampler = JudgeSampler(
             params=self.params,
             config=self.config,
+            loop=self._loop,
             tokenizer=self.tokenizer,
             table=self.table,
             settings=SamplingSettings(

@@ -2,7 +2,15 @@
 
 from grm_jax.sampling.layout import Layout, judgement_layout
 from grm_jax.sampling.orders import ORDER_POLICIES, response_orders
-from grm_jax.sampling.sampler import Controls, Rollouts, decode, prefill, truncate
+from grm_jax.sampling.sampler import (
+    Controls,
+    Rollouts,
+    decode,
+    empty_prefix,
+    place_prefix,
+    prefill,
+    truncate,
+)
 from grm_jax.sampling.scheduling import LENGTHS, bucket, power_of_two, run_in_order
 
 __all__ = [
@@ -13,7 +21,9 @@ __all__ = [
     "Rollouts",
     "bucket",
     "decode",
+    "empty_prefix",
     "judgement_layout",
+    "place_prefix",
     "power_of_two",
     "prefill",
     "response_orders",

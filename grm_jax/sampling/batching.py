@@ -20,7 +20,14 @@ from grm_jax.models import DecoderConfig, Params, Segment, cpu_decoder
 from grm_jax.prompts import Tokenizer
 from grm_jax.rewards import extract_scores, restore_order
 from grm_jax.sampling.layout import Layout, judgement_layout
-from grm_jax.sampling.sampler import Controls, Rollouts, decode, prefill
+from grm_jax.sampling.sampler import (
+    Controls,
+    Rollouts,
+    decode,
+    empty_prefix,
+    place_prefix,
+    prefill,
+)
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
 MIN_ROWS = 8
@@ -104,11 +111,21 @@ class PromptResult:
     seconds: float
 
 
+def loop_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
+    """The decoder in the form in which its devices run the loop over tokens fastest."""
+    return cpu_decoder(config, params) if _on_cpu(params) else (config, params)
+
+
+def _on_cpu(params: Params) -> bool:
+    return all(device.platform == "cpu" for device in jax.tree.leaves(params)[0].devices())
+
+
 class JobShape(NamedTuple):
     """What the jobs of a batch have in common; a function of each job alone.
 
     Attributes:
-      prompt: Padded prompt length.
+      prompt: Tokens of a prompt that the loop has room for. Coarser than the length it is read at:
+        the loop is slow to compile and its cost hardly grows with the room.
       samples: K, padded.
       responses: N, padded.
       states: Padded states of the layout; 0 without one.
@@ -122,22 +139,27 @@ class JobShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JudgeSampler:
-    """A model, its tokenizer and sampling settings: runs batches of `PromptJob`s."""
+    """A model, its tokenizer and sampling settings: runs batches of `PromptJob`s.
+
+    Attributes:
+      params: The decoder's parameters, for reading prompts.
+      config: Its configuration.
+      loop: Configuration and parameters for the loop over tokens, from `loop_decoder`.
+      tokenizer: The model's tokenizer.
+      table: Its vocabulary as the score automaton reads it.
+      settings: How samples are drawn.
+    """
 
     params: Params
     config: DecoderConfig
+    loop: tuple[DecoderConfig, Params]
     tokenizer: Tokenizer
     table: grammar.TokenTable
     settings: SamplingSettings
 
     @property
     def _cpu(self) -> bool:
-        return all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
-
-    @functools.cached_property
-    def _decoder(self) -> tuple[DecoderConfig, Params]:
-        """The decoder as the loop over tokens wants it."""
-        return cpu_decoder(self.config, self.params) if self._cpu else (self.config, self.params)
+        return _on_cpu(self.params)
 
     @functools.cached_property
     def _text_mask(self) -> jax.Array:
@@ -164,7 +186,7 @@ class JudgeSampler:
         """The shape of the batches that a job can run in."""
         count = len(job.order)
         return JobShape(
-            prompt=bucket(len(job.tokens) - 1),
+            prompt=power_of_two(bucket(len(job.tokens) - 1)),
             samples=power_of_two(len(job.keys)),
             responses=power_of_two(count),
             states=self.layout(count).free.shape[0] if self.settings.constrain else 0,
@@ -196,14 +218,14 @@ class JudgeSampler:
         ]
 
     def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, rows: int) -> Segment:
+        prefix = empty_prefix(self.loop[0], rows=rows, size=shape.prompt)
         # One prompt at a time: it fills the machine by itself, and no neighbour can change it.
-        segments = []
-        for job in jobs:
-            tokens = np.zeros((1, shape.prompt), np.int32)
+        for row, job in enumerate(jobs):
+            tokens = np.zeros((1, bucket(len(job.tokens) - 1)), np.int32)
             tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
             length = np.asarray([len(job.tokens) - 1], np.int32)
-            segments.append(prefill(self.params, self.config, tokens, length))
-        return stack_prefixes(segments, rows, apart=self._cpu)
+            prefix = place_prefix(prefix, prefill(self.params, self.config, tokens, length), row)
+        return prefix
 
     def _decode(
         self, jobs: Sequence[PromptJob], shape: JobShape, rows: int, prefix: Segment
@@ -220,7 +242,7 @@ class JudgeSampler:
         if settings.constrain:
             layouts = [self.layout(int(count)) for count in counts]
             layout = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
-        config, params = self._decoder
+        config, params = self.loop
         out = decode(
             params,
             config,
@@ -276,27 +298,3 @@ class JudgeSampler:
             sampled_logprobs=np.asarray(out.sampled_logprobs[row, :k]),
             seconds=seconds,
         )
-
-
-@functools.partial(jax.jit, static_argnames=("rows", "apart"))
-def stack_prefixes(segments: Sequence[Segment], rows: int, apart: bool) -> Segment:
-    """Segments of one prompt each, as one of `rows`; the rows that are left are empty.
-
-    With `apart`, the layers become a tuple.
-    """
-
-    def join(axis: int, *leaves: jax.Array) -> jax.Array:
-        whole = jnp.concatenate(leaves, axis=axis)
-        spare = [(0, 0)] * whole.ndim
-        spare[axis] = (0, rows - whole.shape[axis])
-        return jnp.pad(whole, spare)
-
-    keys, values, starts, lengths = zip(*segments, strict=True)
-    bounds = join(0, *starts), join(0, *lengths)
-    if not apart:
-        return Segment(join(1, *keys), join(1, *values), *bounds)
-
-    def layers(leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(join(0, *(leaf[i] for leaf in leaves)) for i in range(leaves[0].shape[0]))
-
-    return Segment(layers(keys), layers(values), *bounds)

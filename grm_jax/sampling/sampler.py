@@ -71,6 +71,49 @@ def prefill(params: Params, config: DecoderConfig, tokens: jax.Array, length: ja
     return forward(params, config, tokens, length=length)[1]
 
 
+def empty_prefix(config: DecoderConfig, *, rows: int, size: int) -> Segment:
+    """Room for the prompts of `rows` rows, for `place_prefix` to fill; an empty row has length 0.
+
+    Args:
+      config: Of the decoder that runs the loop: its `scan_layers` says whether layers are stacked.
+      rows: B.
+      size: P, at least the padded length of every prompt to come.
+    """
+    lead = (config.num_layers,) if config.scan_layers else ()
+    keys = (*lead, rows, config.num_kv_heads, config.head_dim, size)
+    values = (*lead, rows, config.num_kv_heads, size, config.head_dim)
+
+    def room(shape: tuple[int, ...]) -> Any:
+        if config.scan_layers:
+            return jnp.zeros(shape, config.dtype)
+        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+
+    zeros = jnp.zeros(rows, jnp.int32)
+    return Segment(room(keys), room(values), zeros, jnp.zeros_like(zeros))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def place_prefix(prefix: Segment, segment: Segment, row: jax.Array | int) -> Segment:
+    """Writes the segment of one prompt, from `prefill`, into a row; `prefix` is used up."""
+
+    def write(room: Any, new: jax.Array) -> Any:
+        if isinstance(room, tuple):
+            return tuple(put(layer, new[index], 0) for index, layer in enumerate(room))
+        return put(room, new, 1)
+
+    def put(room: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        place = [jnp.int32(0)] * room.ndim
+        place[axis] = jnp.int32(row)
+        return jax.lax.dynamic_update_slice(room, new.astype(room.dtype), place)
+
+    return Segment(
+        write(prefix.keys, segment.keys),
+        write(prefix.values, segment.values),
+        prefix.start.at[row].set(segment.start[0]),
+        prefix.length.at[row].set(segment.length[0]),
+    )
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "eos_ids", "capacity", "greedy", "top_k", "nucleus")
 )
