@@ -30,9 +30,8 @@ from grm_jax.sampling.sampler import (
 )
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
-MIN_ROWS = 8
-"""Fewest rows of a decoding batch: below it, CPU kernels change and with them the last bits."""
-
+# Rows of a decoding batch, always: kernels choose how to sum by the size of a product, so that with
+# another number of rows the last bits, and now and then a sample, would be others.
 _CPU_ROWS = 32
 _ACCELERATOR_ROWS = 256
 _CPU_CACHE_BYTES = 2 << 30
@@ -193,7 +192,7 @@ class JudgeSampler:
         )
 
     def limit(self, shape: JobShape) -> int:
-        """Most prompts in a batch of a shape, by rows and by memory for the cache."""
+        """Prompts in a batch of a shape, by rows and by memory for the cache."""
         c = self.config
         width = jnp.dtype(c.dtype).itemsize * c.num_kv_heads * c.head_dim * 2
         size = shape.prompt * c.num_layers * width
@@ -205,9 +204,7 @@ class JudgeSampler:
         """Samples a batch of jobs of equal shape, at most `limit` of them."""
         began = time.perf_counter()
         shape = self.shape(jobs[0])
-        most = self.limit(shape)
-        least = min(most, -(-MIN_ROWS // shape.samples))
-        rows = min(most, power_of_two(max(len(jobs), least)))
+        rows = self.limit(shape)
         prefix = self._prefill(jobs, shape, rows)
         out, scores, valid = jax.device_get(self._decode(jobs, shape, rows, prefix))
         seconds = time.perf_counter() - began
@@ -238,6 +235,9 @@ class JudgeSampler:
         for row, job in enumerate(padded):
             order[row, : len(job.order)] = job.order
         counts = np.asarray([len(job.order) for job in padded], np.int32)
+        active = np.zeros((rows, shape.samples), bool)
+        for row, job in enumerate(jobs):
+            active[row, : len(job.keys)] = True
         layout = None
         if settings.constrain:
             layouts = [self.layout(int(count)) for count in counts]
@@ -256,6 +256,7 @@ class JudgeSampler:
             ),
             layout,
             self._text_mask if settings.constrain else None,
+            active,
             eos_ids=self.tokenizer.eos_ids,
             capacity=bucket(settings.max_new_tokens),
             greedy=settings.temperature == 0,

@@ -5,8 +5,8 @@ the samples of a prompt run in parallel and hold its segment in common, so that 
 are one matrix product. Several prompts may share a batch.
 
 A sample depends on its own key and prompt and on nothing else in the batch: the padded length of a
-prompt comes from its own length, randomness from its own key, and on a CPU, batches of 2 to 32 rows
-run through kernels whose rows do not influence each other.
+prompt comes from its own length and randomness from its own key. What a row computes does not
+depend on the others as long as the number of rows is the same, so the caller keeps to one.
 """
 
 import functools
@@ -126,6 +126,7 @@ def decode(
     controls: Controls,
     layout: Layout | None = None,
     text_mask: jax.Array | None = None,
+    active: jax.Array | None = None,
     *,
     eos_ids: tuple[int, ...],
     capacity: int,
@@ -144,6 +145,8 @@ def decode(
       controls: Temperature, nucleus mass and length limit.
       layout: The automaton each prompt's samples follow, with leading axis B; None for free text.
       text_mask: `bool[V]`, the tokens allowed in a layout's free text; needed with `layout`.
+      active: `bool[B, K]`, the samples that are wanted; the others only fill the batch up, and the
+        loop does not wait for them. All if None.
       eos_ids: Tokens that end a sample.
       capacity: T, at least `controls.max_new_tokens`.
       greedy: Take the likeliest token instead of sampling.
@@ -213,7 +216,7 @@ def decode(
     out = Rollouts(
         tokens=jnp.zeros((*shape, capacity), jnp.int32),
         length=zeros,
-        stopped=jnp.zeros(shape, bool),
+        stopped=jnp.zeros(shape, bool) if active is None else ~active,
         logprobs=jnp.zeros((*shape, capacity), jnp.float32),
         sampled_logprobs=jnp.zeros((*shape, capacity), jnp.float32),
     )
