@@ -261,6 +261,8 @@ class GRM:
         Raises:
           UsageError: If a setting is wrong.
         """
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if samples < 1:
             raise UsageError(f"samples is {samples}; it must be 1 or more")
         if orders not in ORDER_POLICIES:
@@ -318,7 +320,8 @@ class GRM:
         messages = [
             {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
         ]
-        room = self.config.max_context - sampler.settings.max_new_tokens
+        longest = self.config.max_context - sampler.settings.max_new_tokens
+        room = sampler.room(samples, 1 if orders == "fixed" else count)
         jobs, chosen = [], []
         try:
             if sampler.settings.constrain:
@@ -326,16 +329,19 @@ class GRM:
             for order, numbers in places.items():
                 chat = render(template, messages, [comparison.responses[i] for i in order])
                 tokens = encode_chat(self.tokenizer, chat)
-                if len(tokens) > room:
+                if len(tokens) > longest:
                     raise UsageError(
                         f"the prompt takes {len(tokens)} tokens and the answer up to "
                         f"{sampler.settings.max_new_tokens}, but the model reads "
                         f"{self.config.max_context}; shorten the record"
                     )
-                step = sampler.most_samples()
-                for first in range(0, len(numbers), step):
-                    part = numbers[first : first + step]
-                    jobs.append(PromptJob(tokens=tokens, order=order, keys=keys[np.asarray(part)]))
+                for first in range(0, len(numbers), room):
+                    part = numbers[first : first + room]
+                    jobs.append(
+                        PromptJob(
+                            tokens=tokens, order=order, keys=keys[np.asarray(part)], room=room
+                        )
+                    )
                     chosen.append(tuple(part))
         except UsageError as error:
             return _Plan(id=comparison.id, error=str(error))

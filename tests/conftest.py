@@ -2,9 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from grm_jax import GRM
+    from grm_jax.prompts import Tokenizer
 
 # JAX reads these when it is first imported, which the test modules do after this file.
 DEVICES = "--xla_force_host_platform_device_count"
@@ -40,3 +45,59 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> "Tokenizer":
+    """A token for every byte, and two control tokens; the last one ends a turn."""
+    from grm_jax.prompts import Tokenizer
+
+    letters = tuple(bytes([byte]) for byte in range(256))
+    return Tokenizer(
+        token_bytes=(*letters, b"<|im_start|>", b"<|im_end|>"),
+        control_ids=frozenset({256, 257}),
+        bos_id=None,
+        eos_ids=(257,),
+        add_bos=False,
+        chat_template=None,
+        text_encoder=lambda text: list(text.encode()),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_grm(byte_tokenizer: "Tokenizer") -> "GRM":
+    """A judge with random weights that reads and writes bytes."""
+    import jax
+    import numpy as np
+
+    from grm_jax import GRM, grammar
+    from grm_jax.models import abstract_params, llama_config
+
+    config = llama_config(
+        vocab_size=byte_tokenizer.vocab_size,
+        num_layers=2,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_dim=64,
+        max_context=4096,
+    )
+    # NumPy's numbers, because compiling `init_params` would take longer than most tests.
+    rng = np.random.default_rng(7)
+
+    def fill(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            return jax.device_put(np.ones(leaf.shape, leaf.dtype))
+        # Embeddings so large that some tokens are clearly likelier than others.
+        size = 0.3 if "embedding" in name else config.width**-0.5
+        return jax.device_put((size * rng.normal(size=leaf.shape)).astype(leaf.dtype))
+
+    params = jax.tree_util.tree_map_with_path(fill, abstract_params(config))
+    return GRM(
+        name="tiny",
+        config=config,
+        params=params,
+        tokenizer=byte_tokenizer,
+        table=jax.device_put(grammar.token_table(byte_tokenizer.token_bytes)),
+    )

@@ -76,8 +76,8 @@ class LineWriter:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(file, "rb", closefd=False) as reader:
                 content = reader.read()
+            _check_settings(path, settings, begun=bool(content))
             done, failed = _read_done(path, content)
-            _check_settings(path, settings, resumed=bool(done))
             # A line that was cut off by the end of the run is written again.
             whole = content.rfind(b"\n") + 1
             os.ftruncate(file, whole)
@@ -122,10 +122,19 @@ def _read_done(path: Path, content: bytes) -> tuple[list[str], int]:
     return done, failed
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any], *, resumed: bool) -> None:
+def _check_settings(path: Path, settings: Mapping[str, Any], *, begun: bool) -> None:
     beside = path.with_name(path.name + ".run.json")
-    if resumed and beside.exists():
-        before = json.loads(beside.read_text())["settings"]
+    if begun:
+        try:
+            before = json.loads(beside.read_text())["settings"]
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{path} exists, but without {beside.name} it is no run's to go on with; give "
+                "another --output"
+            ) from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{beside} cannot be read; give another --output") from error
+        settings = json.loads(json.dumps(dict(settings)))
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise UsageError(

@@ -5,6 +5,7 @@ receives tokens (for the critique) and scores together.
 """
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from grm_jax.sampling.scheduling import bucket, power_of_two
 # another number of rows the last bits, and now and then a sample, would be others.
 _CPU_ROWS = 32
 _ACCELERATOR_ROWS = 256
+_LEAST_ROOM = 512
 _CPU_CACHE_BYTES = 2 << 30
 _ACCELERATOR_CACHE_BYTES = 16 << 30
 
@@ -79,11 +81,13 @@ class PromptJob:
       tokens: The prompt's token ids; at least two.
       order: Input indices of the responses in the order of the prompt.
       keys: `[k]` random keys, one a sample.
+      room: Samples that the job's row of a batch has room for, at least k.
     """
 
     tokens: Sequence[int]
     order: tuple[int, ...]
     keys: jax.Array
+    room: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,16 +181,25 @@ class JudgeSampler:
             high=self.settings.high,
         )
 
-    def most_samples(self) -> int:
-        """Most samples that a job may ask for; more are to be split over several jobs."""
+    def room(self, samples: int, num_responses: int) -> int:
+        """Samples to ask for in one job, of `samples` over all orders of the responses.
+
+        As many as an order gets on average: orders that get more have several jobs. So all records
+        with as many responses run in the same program, whatever orders were drawn.
+        """
+        orders = min(samples, math.factorial(min(num_responses, 12)))
+        return min(self._rows, power_of_two(-(-samples // orders)))
+
+    @property
+    def _rows(self) -> int:
         return _CPU_ROWS if self._cpu else _ACCELERATOR_ROWS
 
     def shape(self, job: PromptJob) -> JobShape:
         """The shape of the batches that a job can run in."""
         count = len(job.order)
         return JobShape(
-            prompt=power_of_two(bucket(len(job.tokens) - 1)),
-            samples=power_of_two(len(job.keys)),
+            prompt=max(_LEAST_ROOM, power_of_two(bucket(len(job.tokens) - 1))),
+            samples=job.room,
             responses=power_of_two(count),
             states=self.layout(count).free.shape[0] if self.settings.constrain else 0,
         )
@@ -197,7 +210,7 @@ class JudgeSampler:
         width = jnp.dtype(c.dtype).itemsize * c.num_kv_heads * c.head_dim * 2
         size = shape.prompt * c.num_layers * width
         memory = _CPU_CACHE_BYTES if self._cpu else _ACCELERATOR_CACHE_BYTES
-        by_rows = max(1, self.most_samples() // shape.samples)
+        by_rows = max(1, self._rows // shape.samples)
         return max(1, min(by_rows, memory // size))
 
     def run(self, jobs: Sequence[PromptJob]) -> list[PromptResult]:
@@ -216,12 +229,17 @@ class JudgeSampler:
 
     def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, rows: int) -> Segment:
         prefix = empty_prefix(self.loop[0], rows=rows, size=shape.prompt)
-        # One prompt at a time: it fills the machine by itself, and no neighbour can change it.
+        # One prompt at a time: it fills the machine by itself, and no neighbour can change it. What
+        # several rows begin with is read once; such rows follow one another.
+        before: Sequence[int] | None = None
         for row, job in enumerate(jobs):
-            tokens = np.zeros((1, bucket(len(job.tokens) - 1)), np.int32)
-            tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
-            length = np.asarray([len(job.tokens) - 1], np.int32)
-            prefix = place_prefix(prefix, prefill(self.params, self.config, tokens, length), row)
+            if job.tokens is not before:
+                tokens = np.zeros((1, bucket(len(job.tokens) - 1)), np.int32)
+                tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
+                length = np.asarray([len(job.tokens) - 1], np.int32)
+                segment = prefill(self.params, self.config, tokens, length)
+                before = job.tokens
+            prefix = place_prefix(prefix, segment, row)
         return prefix
 
     def _decode(

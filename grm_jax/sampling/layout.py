@@ -18,10 +18,8 @@ from grm_jax import grammar
 from grm_jax.errors import UsageError
 from grm_jax.prompts import Tokenizer
 
-MAX_EDGES = 16
-"""Most tokens that a state may single out; a digit alphabet and a separator need eleven."""
-
 _STATE_BUCKET = 64
+_EDGE_BUCKET = 16  # eleven are needed where digits are tokens: they and what follows a number
 _CRITERIA_SHARE = 0.4
 
 
@@ -78,8 +76,10 @@ class _Builder:
         first = self.next
         for matched, token in enumerate(closing):
             edges = [(token, first + matched + 1)]
-            if matched and closing[0] != token:
-                edges.append((closing[0], first + 1))
+            for other in dict.fromkeys(closing):
+                back = _longest_start(closing, [*closing[:matched], other])
+                if other != token and back:
+                    edges.append((other, first + back))
             self.add(edges, section)
             self.free[-1] = True
             self.other[-1] = first
@@ -100,6 +100,15 @@ class _Builder:
             if prefix in complete:
                 edges.append((after, done))
             self.add(edges, section)
+
+
+def _longest_start(whole: Sequence[int], written: Sequence[int]) -> int:
+    """How much of the beginning of `whole` the end of `written` is."""
+    return next(
+        size
+        for size in range(min(len(whole), len(written)), -1, -1)
+        if list(whole[:size]) == list(written[len(written) - size :])
+    )
 
 
 def judgement_layout(
@@ -155,10 +164,11 @@ def judgement_layout(
             b.forced(gap, section=3)
     b.forced(tokenizer.eos_ids[:1], section=3)
     states = b.next
-    size = -(-(states + 1) // _STATE_BUCKET) * _STATE_BUCKET
+    size = -(-states // _STATE_BUCKET) * _STATE_BUCKET
+    width = -(-max(map(len, b.tokens)) // _EDGE_BUCKET) * _EDGE_BUCKET
 
     def table(rows: Sequence[Sequence[int]], fill: int) -> jax.Array:
-        out = np.full((size, MAX_EDGES), fill, np.int32)
+        out = np.full((size, width), fill, np.int32)
         for i, row in enumerate(rows):
             out[i, : len(row)] = row
         return jnp.asarray(out)
