@@ -86,6 +86,8 @@ def gguf_config(file: GGUFFile) -> DecoderConfig:
         return family.config(file.metadata, len(tokens), "output.weight" not in file.tensors)
     except KeyError as error:
         raise UsageError(f"{file.path} has no metadata field {error.args[0]!r}") from error
+    except ValueError as error:
+        raise UsageError(f"{file.path} contradicts itself: {_one_line(error)}") from error
 
 
 def load_gguf(
@@ -107,28 +109,20 @@ def load_gguf(
     """
     config = dataclasses.replace(gguf_config(file), dtype=dtype_name(dtype))
     loaded: dict[tuple[str, ...], np.ndarray] = {}
-    for path, names, convert in _parameters(config, _family(file)):
-        missing = [name for name in names if name not in file.tensors]
-        if missing:
-            raise UsageError(f"{file.path} lacks tensor {missing[0]}")
-        loaded[path] = convert([_dequantise(file, name) for name in names])
-    used = {name for _, names, _ in _parameters(config, _family(file)) for name in names}
-    unexpected = sorted(file.tensors.keys() - used - {"rope_freqs.weight"})
+    unexpected = file.tensors.keys() - {"rope_freqs.weight"}
+    for path, names, shape, convert in _parameters(config, _family(file)):
+        loaded[path] = convert([_dequantise(file, name, shape) for name in names])
+        unexpected -= set(names)
     if unexpected:
         raise UsageError(
             f"{file.path} has {len(unexpected)} tensors that a {config.family} decoder has no "
-            f"place for, the first is {unexpected[0]}"
+            f"place for, the first is {min(unexpected)}"
         )
     expected = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))[0]
     params: dict[str, Any] = {}
     for keys, shape in expected:
         path = tuple(key.key for key in keys)
         array = loaded.pop(path)
-        if array.size != int(np.prod(shape.shape)):
-            raise UsageError(
-                f"{file.path}: {'/'.join(path)} has shape {array.shape}, the metadata implies "
-                f"{shape.shape}"
-            )
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -143,10 +137,13 @@ def load_gguf(
     return config, params
 
 
+_Convert = Callable[[list[np.ndarray]], np.ndarray]
+
+
 def _parameters(
     config: DecoderConfig, family: _Family
-) -> Iterator[tuple[tuple[str, ...], list[str], Callable[[list[np.ndarray]], np.ndarray]]]:
-    """For each parameter: its path, the tensors it is made of, and how it is made of them."""
+) -> Iterator[tuple[tuple[str, ...], list[str], tuple[int, ...], _Convert]]:
+    """For each parameter: its path, the tensors it is made of, the shape of each, and how."""
 
     def whole(parts: list[np.ndarray]) -> np.ndarray:
         return parts[0]
@@ -183,25 +180,36 @@ def _parameters(
     def each(suffix: str) -> list[str]:
         return [f"blk.{layer}.{suffix}.weight" for layer in range(config.num_layers)]
 
-    yield ("embedding",), ["token_embd.weight"], whole
-    if not config.tie_embeddings:
-        yield ("head",), ["output.weight"], whole
-    yield ("final_norm", "scale"), ["output_norm.weight"], final_norm
+    c = config
+    vocab, width = (c.vocab_size, c.width), (c.width,)
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    attention, mlp = ("layers", "attention"), ("layers", "mlp")
+    yield ("embedding",), ["token_embd.weight"], vocab, whole
+    if not c.tie_embeddings:
+        yield ("head",), ["output.weight"], vocab, whole
+    yield ("final_norm", "scale"), ["output_norm.weight"], width, final_norm
     for ours, theirs in family.layer_norms.items():
-        yield ("layers", *ours.split("/"), "scale"), each(theirs), norm
-    yield ("layers", "attention", "q", "kernel"), each("attn_q"), queries
-    yield (
-        ("layers", "attention", "kv", "kernel"),
-        each("attn_k") + each("attn_v"),
-        keys_values,
-    )
-    yield ("layers", "attention", "out", "kernel"), each("attn_output"), np.stack
-    yield ("layers", "mlp", "gate_up", "kernel"), each("ffn_gate") + each("ffn_up"), paired
-    yield ("layers", "mlp", "down", "kernel"), each("ffn_down"), np.stack
+        size = (c.head_dim,) if ours.startswith("attention/") else width
+        yield ("layers", *ours.split("/"), "scale"), each(theirs), size, norm
+    yield (*attention, "q", "kernel"), each("attn_q"), (q_size, c.width), queries
+    keys_and_values = each("attn_k") + each("attn_v")
+    yield (*attention, "kv", "kernel"), keys_and_values, (kv_size, c.width), keys_values
+    yield (*attention, "out", "kernel"), each("attn_output"), (c.width, q_size), np.stack
+    gates_and_ups = each("ffn_gate") + each("ffn_up")
+    yield (*mlp, "gate_up", "kernel"), gates_and_ups, (c.mlp_dim, c.width), paired
+    yield (*mlp, "down", "kernel"), each("ffn_down"), (c.width, c.mlp_dim), np.stack
 
 
-def _dequantise(file: GGUFFile, name: str) -> np.ndarray:
+def _dequantise(file: GGUFFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in file.tensors:
+        raise UsageError(f"{file.path} lacks tensor {name}")
     tensor = file.tensors[name]
+    # GGUF lists the fastest axis first.
+    found = tuple(int(size) for size in reversed(tensor.shape))
+    if found != shape:
+        raise UsageError(
+            f"{file.path}: tensor {name} has shape {found}, the metadata implies {shape}"
+        )
     try:
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
@@ -209,8 +217,7 @@ def _dequantise(file: GGUFFile, name: str) -> np.ndarray:
             f"{file.path}: tensor {name} has quantisation {tensor.tensor_type.name}, which "
             "cannot be read; convert the file to Q8_0 or F16"
         ) from error
-    # GGUF lists the fastest axis first.
-    return np.asarray(array, np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
+    return np.asarray(array, np.float32).reshape(shape)
 
 
 def _llama(metadata: Metadata, vocab_size: int, tied: bool) -> DecoderConfig:
