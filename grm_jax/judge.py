@@ -238,9 +238,9 @@ class GRM:
     ) -> Iterator[Judgement]:
         """Judges many comparisons, in order, reading only a little ahead.
 
-        A sample depends on the seed, its record's id and its number, and on nothing else: the same
-        record gives the same judgement alone and among others. (On accelerators, where kernels
-        change with the size of a batch, the same up to rounding.)
+        With the same settings, a sample depends on its record, the seed and its number, and on
+        nothing else: the same record gives the same judgement alone and among others, to the last
+        character.
 
         Args:
           comparisons: The records; a `BadRecord` becomes a judgement with its error.
@@ -414,6 +414,6 @@ def _record_key(seed: int, record_id: str) -> jax.Array:
 
 
 def _sample_keys(seed: int, record_id: str, samples: int) -> jax.Array:
-    """The random keys `[K]` of a record's samples; the first few are the same for every K."""
+    """The random keys `[K]` of a record's samples."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return fold(_record_key(seed, record_id), jnp.arange(1, samples + 1))

@@ -359,13 +359,13 @@ def test_cpu_decoder_is_the_same_model(name: str) -> None:
     config, params = cpu_decoder(model.config, model.params)
     found = run_logits(params, config, model.tokens)
     np.testing.assert_allclose(
-        found, run_logits(model.params, model.config, model.tokens), atol=1e-5, rtol=1e-5
+        found, run_logits(model.params, model.config, model.tokens), atol=1e-4, rtol=1e-4
     )
     _, segment = run_forward(params, config, model.tokens, length=model.lengths)
     assert len(segment.keys) == len(segment.values) == config.num_layers
     _, stacked = run_forward(model.params, model.config, model.tokens, length=model.lengths)
-    np.testing.assert_allclose(jnp.stack(segment.keys), stacked.keys, atol=1e-5)
-    np.testing.assert_allclose(jnp.stack(segment.values), stacked.values, atol=1e-5)
+    np.testing.assert_allclose(jnp.stack(segment.keys), stacked.keys, atol=1e-4)
+    np.testing.assert_allclose(jnp.stack(segment.values), stacked.values, atol=1e-4)
     # Its own cache form continues it as well.
     own = empty_own(config, model.lengths, 1, 2)
     own = own._replace(keys=tuple(own.keys), values=tuple(own.values))
@@ -402,13 +402,13 @@ def test_sharded_logits_are_those_of_one_device(name: str, constrained: bool) ->
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     sharded = jax.jit(lambda params, tokens: logits(params, config, tokens), compiler_options=QUICK)
     if constrained:
-        with mesh, nn.logical_axis_rules(tuple(RULES.items())):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
             found = sharded(placed, jax.device_put(tokens, rows))
         assert found.sharding.shard_shape(found.shape) == (1, TIME, VOCAB // 2)
     else:
         found = sharded(placed, jax.device_put(tokens, rows))
     assert len(found.sharding.device_set) == 8
-    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_one_key_head_is_kept_whole_where_tensor_does_not_divide_it() -> None:
@@ -424,7 +424,7 @@ def test_one_key_head_is_kept_whole_where_tensor_does_not_divide_it() -> None:
     found = jax.jit(lambda params, tokens: logits(params, config, tokens))(
         placed, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("fsdp")))
     )
-    np.testing.assert_allclose(found, run_logits(params, config, tokens), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found, run_logits(params, config, tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
