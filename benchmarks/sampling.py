@@ -41,7 +41,10 @@ def prompt_tokens(length: int) -> list[int]:
 
 
 def timed(run: Callable[[int], object], counts: list[int], repeats: int) -> dict[str, Any]:
-    """Median seconds of `run(k)` for each k, and how much longer the first call took."""
+    """Median seconds of `run(k)` for each k, and how much longer a first call took.
+
+    With no repeats the first call is all there is.
+    """
     seconds, first = {}, {}
     for count in counts:
         times = []
@@ -49,7 +52,7 @@ def timed(run: Callable[[int], object], counts: list[int], repeats: int) -> dict
             began = time.perf_counter()
             run(count)
             times.append(time.perf_counter() - began)
-        seconds[count] = statistics.median(times[1:])
+        seconds[count] = statistics.median(times[1:] or times)
         first[count] = times[0] - seconds[count]
     return {"seconds": seconds, "first": first}
 
@@ -128,9 +131,9 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
 
 def child(args: argparse.Namespace, side: str, dtype: str) -> dict[str, Any]:
     """Runs one side in a fresh process."""
-    command = [sys.executable, __file__, "--side", side, "--dtype", dtype]
+    command = [sys.executable, __file__, "--side", side, f"--dtype={dtype}"]
     command += ["--prompt", str(args.prompt), "--new", str(args.new)]
-    repeats = args.repeats if dtype != args.brief else 1
+    repeats = 0 if dtype and dtype == args.brief else args.repeats
     command += ["--repeats", str(repeats), "--counts", *map(str, args.counts)]
     cores = str(os.cpu_count() or 1)
     env = os.environ | {"OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores, "JAX_PLATFORMS": "cpu"}
@@ -163,7 +166,7 @@ def report(args: argparse.Namespace, sides: dict[str, dict[str, Any]]) -> str:
         f"`{MODEL}`, prompt of {args.prompt} tokens, {args.new} new tokens a sample. "
         f"{machine()}; Python {platform.python_version()}, JAX {jax.__version__}. "
         f"Printed by `python benchmarks/sampling.py`; medians of {args.repeats}"
-        + (f" ({args.brief}: one run)" if args.brief else "")
+        + (f" ({args.brief} of the peer: one run)" if args.brief else "")
         + ", seconds include reading the prompt.",
         "",
         "| | " + " | ".join(f"k = {c}: tokens/s (s)" for c in counts) + " | peak memory |",
@@ -194,9 +197,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--brief", default="", help="a dtype of the peer to run only once")
+    parser.add_argument("--brief", default="", help="a dtype of the peer to run once")
     parser.add_argument("--side", choices=["grm_jax", "transformers"], help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.repeats, args.prompt, args.new, args.counts = 1, 128, 4, [1, 2]
@@ -208,7 +211,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     sides = {
-        "grm_jax": child(args, "grm_jax", "float32"),
+        "grm_jax": child(args, "grm_jax", ""),
         "transformers, bfloat16": child(args, "transformers", "bfloat16"),
         "transformers, float32": child(args, "transformers", "float32"),
     }
