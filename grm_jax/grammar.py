@@ -137,8 +137,8 @@ def token_table(token_bytes: Sequence[bytes]) -> TokenTable:
     table narrow.
 
     Args:
-      token_bytes: the bytes each token id adds to the text, in order of id; empty for special
-        tokens. Bytes need not be whole characters.
+      token_bytes: the bytes each token id adds to the text, in order of id, as
+        `Tokenizer.token_bytes` lists them. Bytes need not be whole characters.
 
     Returns:
       The table, with `V = len(token_bytes)` rows as wide as the longest spelling.
