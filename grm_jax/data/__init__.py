@@ -1,4 +1,9 @@
-"""Comparisons: the record everything is made of, and its reading and writing."""
+"""Comparisons: the record everything is made of, and its reading and writing.
+
+What training needs beside is imported by its own name, as it takes large libraries along:
+`grm_jax.data.builders` (TFDS datasets), `grm_jax.data.pipeline` (batches that can be resumed) and
+`grm_jax.data.packing` (token sequences in arrays).
+"""
 
 from grm_jax.data.comparison import (
     BadRecord,

@@ -7,7 +7,7 @@ Importing this module imports grain; `grm_jax.data` alone does not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, assert_never
+from typing import Literal, NamedTuple, assert_never, get_args
 
 import grain
 import numpy as np
@@ -104,6 +104,10 @@ def packed_batches(
     check_shards("rows", rows, shard_index, shard_count)
     if length < 1:
         raise UsageError(f"length is {length}; it must be 1 or more")
+    if too_long not in get_args(TooLong):
+        raise UsageError(
+            f"too_long is {too_long!r}; it must be one of {', '.join(get_args(TooLong))}"
+        )
     order = RecordOrder(sources, seed=seed, shuffle=shuffle, epochs=epochs)
     own = slice(rows // shard_count * shard_index, rows // shard_count * (shard_index + 1))
 

@@ -13,6 +13,7 @@ import bisect
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar, final
 
@@ -26,7 +27,7 @@ Record_co = TypeVar("Record_co", covariant=True)
 Result = TypeVar("Result")
 Batch = TypeVar("Batch")
 
-# Lengths of datasets must fit in 63 bits even after grain has rounded them as floats.
+# Records in an order without end; grain's own endless length overflows where it is rounded up.
 _ENDLESS = 1 << 48
 
 
@@ -141,21 +142,19 @@ class RecordOrder(Generic[Record]):
         self.length = None if epochs is None else epochs * self._ends[-1]
         weights = [source.weight for source in sources if source.weight is not None]
         if weights:
-            bounds = zip([0, *self._ends], self._ends, strict=False)
-            self._indices = grain.MapDataset.mix(
-                [
-                    _shuffled(grain.MapDataset.range(*bound), seed, number, shuffle).repeat()
-                    for number, bound in enumerate(bounds)
-                ],
-                weights,
-            )
+            starts = [0, *self._ends]
+            parts = [
+                _passes(_ENDLESS, starts[number], end, (seed, number) if shuffle else None)
+                for number, end in enumerate(self._ends)
+            ]
+            self._indices = grain.MapDataset.mix(parts, weights)
         else:
-            whole = grain.MapDataset.range(self._ends[-1])
-            self._indices = _shuffled(whole, seed, 0, shuffle).repeat(epochs)
+            length = _ENDLESS if self.length is None else self.length
+            self._indices = _passes(length, 0, self._ends[-1], (seed, 0) if shuffle else None)
 
     def after(self, consumed: int) -> grain.MapDataset[int]:
         """Returns the indices, for `read`, of the records after the first `consumed` ones."""
-        return self._indices[consumed : consumed + _ENDLESS]
+        return self._indices[consumed:]
 
     def read(self, index: int) -> Record:
         """Reads a record by its index in the sources strung together."""
@@ -303,13 +302,28 @@ def check_shards(name: str, size: int, shard_index: int, shard_count: int) -> No
         )
 
 
-def _shuffled(
-    indices: grain.MapDataset[int], seed: int, number: int, shuffle: bool
+def _passes(
+    length: int, start: int, end: int, seed: tuple[int, ...] | None
 ) -> grain.MapDataset[int]:
-    # grain adds the epoch to the seed: of the seeds 0 and 1 themselves, the one's second epoch
-    # would be the other's first.
-    word = np.random.SeedSequence([seed, number]).generate_state(1)[0]
-    return indices.shuffle(int(word)) if shuffle else indices
+    """The numbers from `start` to `end`, over and over, shuffled anew each time if there is a seed.
+
+    grain's own shuffle draws numbers until one is small enough, which is slow for some sizes, and
+    of two neighbouring seeds the one's second epoch is the other's first. Here each epoch sorts raw
+    random bits, whose sequence NumPy never changes: a saved position outlives an upgrade.
+    """
+    size = end - start
+
+    # Threads that read ahead may be on both sides of the end of an epoch.
+    @lru_cache(maxsize=2)
+    def permutation(epoch: int) -> np.ndarray:
+        bits = np.random.PCG64(np.random.SeedSequence([*(seed or ()), epoch]))
+        return np.argsort(bits.random_raw(size), kind="stable")
+
+    def at(position: int) -> int:
+        epoch, place = divmod(position, size)
+        return start + (place if seed is None else int(permutation(epoch)[place]))
+
+    return grain.MapDataset.range(length).map(at)
 
 
 def _check_sources(sources: Sequence[Source[Any]], seed: int, epochs: int | None) -> None:
