@@ -33,7 +33,7 @@ def prompt_tokens(length: int) -> list[int]:
     from grm_jax.data import Comparison, examples_path, read_comparisons
     from grm_jax.prompts import encode_chat, load_template, render, tokenizer_from_gguf
 
-    tokenizer = tokenizer_from_gguf(open_checkpoint(MODEL).metadata)
+    tokenizer = tokenizer_from_gguf(open_checkpoint(MODEL).metadata or {})
     records = [r for r in read_comparisons(examples_path()) if isinstance(r, Comparison)]
     texts = [text for record in records for text in record.responses]
     chat = render(load_template("paper"), records[0].messages, texts * 8)
@@ -77,7 +77,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     def run(count: int) -> None:
         length = np.asarray([args.prompt - 1], np.int32)
         room = empty_prefix(decoder_config, rows=1, size=size)
-        prefix = place_prefix(room, prefill(params, config, padded, length), 0)
+        segment = prefill(params, config, padded, length)
+        prefix = place_prefix(room, segment, 0, decoder_config)
         keys = jax.random.split(jax.random.key(count), (1, count))
         out = decode(
             decoder_params,

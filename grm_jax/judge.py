@@ -187,9 +187,9 @@ class GRM:
             raise UsageError(f"adapter {adapter!r} cannot be loaded: this version reads none")
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        file = checkpoints.open_checkpoint(name_or_path)
-        tokenizer = tokenizer_from_gguf(file.metadata)
-        config, params = checkpoints.load(file, dtype, mesh)
+        opened = checkpoints.open_checkpoint(name_or_path)
+        tokenizer = tokenizer_from_gguf(opened.metadata or {})
+        config, params = checkpoints.load(opened, dtype, mesh)
         table = jax.device_put(grammar.token_table(tokenizer.token_bytes))
         return cls(
             name=name_or_path, config=config, params=params, tokenizer=tokenizer, table=table

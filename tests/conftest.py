@@ -71,9 +71,10 @@ def tiny_grm(byte_tokenizer: "Tokenizer") -> "GRM":
     import numpy as np
 
     from grm_jax import GRM, grammar
-    from grm_jax.models import abstract_params, llama_config
+    from grm_jax.models import abstract_params, family_config
 
-    config = llama_config(
+    config = family_config(
+        "llama",
         vocab_size=byte_tokenizer.vocab_size,
         num_layers=2,
         width=32,
@@ -81,6 +82,7 @@ def tiny_grm(byte_tokenizer: "Tokenizer") -> "GRM":
         num_kv_heads=2,
         mlp_dim=64,
         max_context=4096,
+        tie_embeddings=True,
     )
     # NumPy's numbers, because compiling `init_params` would take longer than most tests.
     rng = np.random.default_rng(7)

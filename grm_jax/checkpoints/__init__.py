@@ -1,44 +1,76 @@
 """Weights in and out, and where named models come from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from grm_jax.checkpoints.gguf import GGUFFile, gguf_config, load_gguf, open_gguf
+from grm_jax.checkpoints import orbax, safetensors
+from grm_jax.checkpoints.gguf import GGUFFile, gguf_checkpoint, gguf_config, open_gguf
+from grm_jax.checkpoints.orbax import open_orbax, save_orbax
+from grm_jax.checkpoints.peft import load_adapter, save_adapter
+from grm_jax.checkpoints.safetensors import open_folder, save_folder
 from grm_jax.checkpoints.sources import MODELS, resolve
+from grm_jax.checkpoints.weights import Checkpoint
 from grm_jax.distributed import tree_shardings
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params, abstract_params, param_axes
+from grm_jax.models import DecoderConfig, Params, abstract_params, dtype_name, param_axes
 
-__all__ = ["MODELS", "GGUFFile", "gguf_config", "load", "load_gguf", "open_checkpoint", "resolve"]
+__all__ = [
+    "MODELS",
+    "Checkpoint",
+    "GGUFFile",
+    "gguf_config",
+    "load",
+    "load_adapter",
+    "open_checkpoint",
+    "open_gguf",
+    "resolve",
+    "save_adapter",
+    "save_folder",
+    "save_orbax",
+]
 
 
-def open_checkpoint(name_or_path: str) -> GGUFFile:
-    """Opens the checkpoint behind a built-in name or a path, fetching a built-in on first use.
+def open_checkpoint(name_or_path: str) -> Checkpoint:
+    """Opens the checkpoint behind a name or a path, fetching it if need be.
+
+    Its configuration is read and its tensors are checked to be complete; no weight is read yet.
 
     Raises:
-      UsageError: If there is no such model or the file cannot be read.
+      UsageError: If there is no such model or its files cannot be read or are incomplete.
     """
     path = resolve(name_or_path)
     if path.is_dir():
+        if (path / orbax.CONFIG).exists():
+            return open_orbax(path)
+        if (path / safetensors.CONFIG).exists():
+            return open_folder(path)
         found = sorted(path.glob("*.gguf"))
+        if not found:
+            raise UsageError(
+                f"{path} holds no model: neither {safetensors.CONFIG} with safetensors, nor a GGUF "
+                f"file, nor {orbax.CONFIG}"
+            )
         if len(found) != 1:
             raise UsageError(
                 f"{path} holds {len(found)} GGUF files; name the one to load instead of the folder"
             )
         path = found[0]
-    return open_gguf(path)
+    return gguf_checkpoint(open_gguf(path))
 
 
 def load(
-    name_or_path: str | GGUFFile,
+    name_or_path: str | Checkpoint,
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """Loads a model of any supported family.
 
     Args:
-      name_or_path: A built-in name, a GGUF file or a folder with one; or an opened checkpoint.
+      name_or_path: A built-in name, a folder of safetensors, a GGUF file or a folder with one; or
+        an opened checkpoint.
       dtype: Type of parameters and computation.
       mesh: Where to place the parameters, by the rules of `grm_jax.distributed`; the default
         device if None.
@@ -47,11 +79,13 @@ def load(
       The decoder's configuration and its parameters.
 
     Raises:
-      UsageError: If the model does not exist or its file is unreadable or incomplete.
+      UsageError: If the model does not exist or its files are unreadable or incomplete.
     """
-    file = name_or_path if isinstance(name_or_path, GGUFFile) else open_checkpoint(name_or_path)
+    opened = name_or_path
+    if not isinstance(opened, Checkpoint):
+        opened = open_checkpoint(opened)
+    config = dataclasses.replace(opened.config, dtype=dtype_name(dtype))
     shardings = None
     if mesh is not None:
-        config = gguf_config(file)
         shardings = tree_shardings(param_axes(config), mesh, abstract_params(config))
-    return load_gguf(file, dtype, shardings)
+    return config, opened.load(dtype, shardings)

@@ -1,7 +1,17 @@
 """One config-driven decoder and its families; see `decoder` for the layout of parameters."""
 
 from grm_jax.models.attention import Segment
-from grm_jax.models.config import DecoderConfig, dtype_name, gemma3_config, llama_config
+from grm_jax.models.config import (
+    FAMILIES,
+    GLOBAL_WINDOW,
+    DecoderConfig,
+    Experts,
+    Latent,
+    Lora,
+    dtype_name,
+    family_config,
+    sliding_windows,
+)
 from grm_jax.models.decoder import (
     Params,
     abstract_params,
@@ -9,24 +19,53 @@ from grm_jax.models.decoder import (
     forward,
     forward_parallel,
     init_params,
+    layer_of,
     logits,
     param_axes,
+    reward,
     unembed,
 )
+from grm_jax.models.lora import (
+    add_lora,
+    dequantise_params,
+    join_lora,
+    lora_targets,
+    merge_lora,
+    quantise_params,
+    remove_lora,
+    split_lora,
+)
+from grm_jax.models.rope import Rope
 
 __all__ = [
+    "FAMILIES",
+    "GLOBAL_WINDOW",
     "DecoderConfig",
+    "Experts",
+    "Latent",
+    "Lora",
     "Params",
+    "Rope",
     "Segment",
     "abstract_params",
+    "add_lora",
     "cpu_decoder",
+    "dequantise_params",
     "dtype_name",
+    "family_config",
     "forward",
     "forward_parallel",
-    "gemma3_config",
     "init_params",
-    "llama_config",
+    "join_lora",
+    "layer_of",
     "logits",
+    "lora_targets",
+    "merge_lora",
     "param_axes",
+    "quantise_params",
+    "remove_lora",
+    "reward",
+    "sliding_windows",
+    "split_lora",
     "unembed",
 ]

@@ -1,131 +1,28 @@
 """One decoder for every family, in Flax Linen.
 
-Layers are identical in shape and run under `nn.scan`, so their parameters are stacked along a
-leading `layers` axis and compile time does not grow with depth. What differs from layer to layer
+Layers of one shape run under `nn.scan`, so their parameters are stacked along a leading `layers`
+axis and compile time does not grow with depth. Most families have one such stack; a mixture of
+experts may have ordinary layers before it (`dense_layers`). What differs from layer to layer
 (window, rotary base) is scanned over as data. Every parameter and activation carries logical axis
 names; which mesh axes they fall on is decided elsewhere.
-
-Kernels are stored as `[outputs..., inputs...]`, the order of published checkpoints.
 """
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from grm_jax.models.attention import (
-    Segment,
-    attend,
-    attend_parallel,
-    rope_tables,
-    rotate,
-)
-from grm_jax.models.config import GLOBAL_WINDOW, DecoderConfig
+from grm_jax.models.attention import Bounds, Cache, KeysValues, Segment, cached_attention, soft_cap
+from grm_jax.models.config import GLOBAL_WINDOW, DecoderConfig, Stack
+from grm_jax.models.latent import LatentAttention
+from grm_jax.models.layers import MLP, Axes, Linear, RMSNorm, param, product
+from grm_jax.models.moe import MixtureOfExperts
+from grm_jax.models.rope import rope_tables, rotate
 
 Params = Any
 """A pytree of parameters, as `init_params` and the checkpoint readers return it."""
-
-KeysValues = tuple[Any, Any]
-"""Keys and values: two arrays, or two tuples with an array for each layer."""
-
-
-def _param(
-    module: nn.Module,
-    name: str,
-    init: nn.initializers.Initializer,
-    axes: tuple[str | None, ...],
-    shape: tuple[int, ...],
-) -> jax.Array:
-    """A parameter with logical axis names; an array once the module is applied."""
-    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape)
-    return value
-
-
-def product(x: jax.Array, kernel: jax.Array, *, weights_first: bool) -> jax.Array:
-    """`x [..., i]` times `kernel [o, i]`: `[..., o]`.
-
-    With `weights_first` the compiler sees the product as kernel times x, which on CPUs is the fast
-    order while x has few rows; the barrier keeps it from turning the order round again.
-    """
-    if not weights_first:
-        return jnp.einsum("...i,oi->...o", x, kernel)
-    rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.optimization_barrier(jnp.einsum("oi,ri->or", kernel, rows))
-    return out.T.reshape(*x.shape[:-1], -1)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; `offset` is added to the stored scale."""
-
-    eps: float
-    offset: float
-    axis: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.constant(1.0 - self.offset)
-        scale = _param(self, "scale", init, (self.axis,), x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
-
-
-class Linear(nn.Module):
-    """A matrix product without bias over the last `len(inputs)` axes of its argument.
-
-    Attributes:
-      outputs: Sizes of the output axes.
-      axes: Logical names of the kernel's axes: the outputs', then the inputs'.
-      inputs: How many trailing axes of the argument are contracted.
-      weights_first: Whether the weights are the product's left operand.
-    """
-
-    outputs: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    inputs: int = 1
-    weights_first: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        contracted = x.shape[-self.inputs :]
-        init = nn.initializers.variance_scaling(
-            1.0,
-            "fan_in",
-            "truncated_normal",
-            in_axis=tuple(range(-self.inputs, 0)),
-            out_axis=tuple(range(len(self.outputs))),
-        )
-        kernel = _param(self, "kernel", init, self.axes, (*self.outputs, *contracted))
-        flat_x = x.reshape(*x.shape[: -self.inputs], -1)
-        flat_kernel = kernel.astype(x.dtype).reshape(-1, flat_x.shape[-1])
-        out = product(flat_x, flat_kernel, weights_first=self.weights_first)
-        return out.reshape(*out.shape[:-1], *self.outputs)
-
-
-class Bounds(NamedTuple):
-    """Where the current tokens and the cached segments begin and end; the same in every layer.
-
-    Attributes:
-      start: `i32[B]`, position of the first current token (`[B, K]` for parallel samples).
-      length: `i32[B]`, real current tokens (`[B, K]` for parallel samples).
-      past: For each shared segment, its start and length, `i32[B]`.
-      own: The start and length of the samples' own segment, `i32[B, K]`, or None.
-    """
-
-    start: jax.Array
-    length: jax.Array
-    past: tuple[tuple[jax.Array, jax.Array], ...]
-    own: tuple[jax.Array, jax.Array] | None
-
-
-class Cache(NamedTuple):
-    """Cached keys and values that go with `Bounds`, in one layer or stacked over all."""
-
-    past: tuple[KeysValues, ...]
-    own: KeysValues | None
 
 
 class Attention(nn.Module):
@@ -143,59 +40,34 @@ class Attention(nn.Module):
         rope: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, KeysValues]:
         c = self.config
-        linear = functools.partial(Linear, weights_first=c.weights_first)
-        query = linear((c.num_heads, c.head_dim), ("heads", "head_dim", "embed"), name="q")(x)
-        kv_axes = (None, "kv_heads", "head_dim", "embed")
-        both = linear((2, c.num_kv_heads, c.head_dim), kv_axes, name="kv")(x)
+        axes: Axes = ("heads", "head_dim", "embed")
+        query = Linear(c, ("q",), (c.num_heads, c.head_dim), axes, bias=c.qkv_bias, name="q")(x)
+        axes = (None, "kv_heads", "head_dim", "embed")
+        shape = (2, c.num_kv_heads, c.head_dim)
+        both = Linear(c, ("k", "v"), shape, axes, bias=c.qkv_bias, name="kv")(x)
         key, value = both[:, :, 0], both[:, :, 1]
         if c.qk_norm:
             query = RMSNorm(c.norm_eps, c.norm_offset, "head_dim", name="q_norm")(query)
             key = RMSNorm(c.norm_eps, c.norm_offset, "head_dim", name="k_norm")(key)
         query = rotate(query, *rope) * jnp.asarray(c.query_scale, x.dtype)
-        key = rotate(key, *rope)
-        past = tuple(
-            Segment(*kv, *bound) for kv, bound in zip(cache.past, bounds.past, strict=True)
+        mixed, new = cached_attention(
+            query, rotate(key, *rope), value, bounds, cache, window, c.attention_softcap
         )
-        if cache.own is not None and bounds.own is not None:
-            names = ("batch", None, "kv_heads", "head_dim")
-            key = nn.with_logical_constraint(key, names)
-            value = nn.with_logical_constraint(value, names)
-            own = Segment(*cache.own, *bounds.own)
-            mixed = attend_parallel(query, key, value, past, own, window)
-        else:
-            key = nn.with_logical_constraint(
-                key.transpose(0, 2, 3, 1), ("batch", "kv_heads", "head_dim", "length")
-            )
-            value = nn.with_logical_constraint(
-                value.transpose(0, 2, 1, 3), ("batch", "kv_heads", "length", "head_dim")
-            )
-            current = Segment(key, value, bounds.start, bounds.length)
-            mixed = attend(query, current, past, window)
         mixed = nn.with_logical_constraint(mixed, ("batch", "length", "heads", "head_dim"))
-        out = linear((c.width,), ("embed", "heads", "head_dim"), inputs=2, name="out")(mixed)
-        return out, (key, value)
-
-
-class MLP(nn.Module):
-    """Gated MLP; gate and up projections are one product."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        linear = functools.partial(Linear, weights_first=c.weights_first)
-        both = linear((2, c.mlp_dim), (None, "mlp", "embed"), name="gate_up")(x)
-        gate, up = both[:, :, 0], both[:, :, 1]
-        act = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        hidden = nn.with_logical_constraint(act * up, ("batch", "length", "mlp"))
-        return linear((c.width,), ("embed", "mlp"), name="down")(hidden)
+        axes = ("embed", "heads", "head_dim")
+        return Linear(c, ("out",), (c.width,), axes, inputs=2, name="out")(mixed), new
 
 
 class Layer(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and MLP, each behind a norm and added to the residual stream.
+
+    Attributes:
+      config: The decoder's.
+      experts: Whether the MLP is a mixture of experts.
+    """
 
     config: DecoderConfig
+    experts: bool
 
     @nn.compact
     def __call__(
@@ -213,17 +85,20 @@ class Layer(nn.Module):
 
         local = (window < GLOBAL_WINDOW).astype(jnp.int32)
         rope = (ropes[0][local], ropes[1][local])
-        out, new = Attention(c, name="attention")(
+        attention = Attention if c.latent is None else LatentAttention
+        out, new = attention(c, name="attention")(
             norm("attention_norm")(x), bounds, cache, window, rope
         )
         x = x + (norm("attention_post_norm")(out) if c.post_norms else out)
-        out = MLP(c, name="mlp")(norm("mlp_norm")(x))
+        hidden = norm("mlp_norm")(x)
+        mlp = MixtureOfExperts(c, name="mlp") if self.experts else MLP(c, c.mlp_dim, name="mlp")
+        out = mlp(hidden)
         x = x + (norm("mlp_post_norm")(out) if c.post_norms else out)
         return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), new
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned layers, final norm and output matrix."""
+    """Embedding, scanned layers, final norm and output matrix or classifier's head."""
 
     config: DecoderConfig
 
@@ -231,21 +106,20 @@ class Decoder(nn.Module):
         c = self.config
         init = nn.initializers.normal(0.02)
         shape = (c.vocab_size, c.width)
-        self.embedding = _param(self, "embedding", init, ("vocab", "embed"), shape)
-        if not c.tie_embeddings:
-            self.head = _param(self, "head", init, ("vocab", "embed"), shape)
+        self.embedding = param(self, "embedding", init, ("vocab", "embed"), shape)
+        if c.num_labels:
+            self.score = param(self, "score", init, (None, "embed"), (c.num_labels, c.width))
+        elif not c.tie_embeddings:
+            self.head = param(self, "head", init, ("vocab", "embed"), shape)
         if c.scan_layers:
-            self.layers: Any = nn.scan(
-                Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-                out_axes=0,
-                length=c.num_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c)
+            *dense, last = c.stacks
+            if dense:
+                self.dense_layers = _scanned(c, dense[0])
+            self.layers: Any = _scanned(c, last)
         else:
-            self.layers = [Layer(c) for _ in range(c.num_layers)]
+            self.layers = [
+                Layer(c, stack.experts) for stack in c.stacks for _ in range(stack.count)
+            ]
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, "embed")
 
     def __call__(
@@ -257,43 +131,62 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """Final hidden states `[B, T, D]` and the keys and values of these tokens, all layers."""
         c = self.config
-        x = self.embedding[tokens].astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+        x = self.embedding[tokens].astype(c.dtype)
+        if c.scale_embedding:
+            x = x * jnp.asarray(c.width**0.5, c.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
-        tables = [
-            rope_tables(positions, c.head_dim, theta)
-            for theta in (c.rope_theta, c.rope_theta_local)
-        ]
+        tables = [rope_tables(positions, c.rope_dim, rope) for rope in (c.rope, c.rope_local)]
         ropes = (
             jnp.stack([cos for cos, _ in tables]),
             jnp.stack([sin for _, sin in tables]),
         )
+        windows = jnp.asarray(c.windows, jnp.int32)
         if c.scan_layers:
-            x, new = self.layers(x, bounds, ropes, cache, jnp.asarray(c.windows, jnp.int32))
-            return self.final_norm(x), new
+            stacks = [self.layers] if len(c.stacks) == 1 else [self.dense_layers, self.layers]
+            parts = [windows[stack.first : stack.first + stack.count] for stack in c.stacks]
+        else:
+            stacks, parts = self.layers, list(windows)
         keys, values = [], []
-        for index, layer in enumerate(self.layers):
-            own = None if cache.own is None else (cache.own[0][index], cache.own[1][index])
-            here = Cache(tuple((k[index], v[index]) for k, v in cache.past), own)
-            x, (key, value) = layer(x, bounds, ropes, here, jnp.int32(c.windows[index]))
+        for index, (stack, part) in enumerate(zip(stacks, parts, strict=True)):
+            x, (key, value) = stack(x, bounds, ropes, cache.at(index), part)
             keys.append(key)
             values.append(value)
         return self.final_norm(x), (tuple(keys), tuple(values))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits `f32[..., V]` of hidden states `[..., D]`."""
-        matrix = self.embedding if self.config.tie_embeddings else self.head
-        matrix = matrix.astype(hidden.dtype)
-        logits = product(hidden, matrix, weights_first=self.config.weights_first)
-        logits = logits.astype(jnp.float32)
+        c = self.config
+        matrix = self.embedding if c.tie_embeddings else self.head
+        logits = product(hidden, matrix.astype(hidden.dtype), weights_first=c.weights_first)
+        logits = soft_cap(logits.astype(jnp.float32), c.logit_softcap)
         names = ("batch", "length", "vocab")[-logits.ndim :]
         return nn.with_logical_constraint(logits, names)
+
+    def classify(self, hidden: jax.Array) -> jax.Array:
+        """The classifier's outputs `f32[..., num_labels]` of hidden states `[..., D]`."""
+        return jnp.einsum("...d,nd->...n", hidden, self.score.astype(hidden.dtype)).astype(
+            jnp.float32
+        )
 
     def initialise(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter, for `init`."""
         positions = jnp.zeros_like(tokens)
         bounds = Bounds(positions[:, 0], positions[:, 0] + 1, (), None)
         hidden, _ = self(tokens, positions, bounds, Cache((), None))
-        return self.unembed(hidden)
+        return self.classify(hidden) if self.config.num_labels else self.unembed(hidden)
+
+
+def _scanned(config: DecoderConfig, stack: Stack) -> Any:
+    """Layers of one shape, run one after the other with stacked parameters."""
+    return nn.scan(
+        Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+        out_axes=0,
+        length=stack.count,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, stack.experts)
 
 
 def _apply(
@@ -329,7 +222,8 @@ def forward(
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`, and the `Segment` of these tokens in all
-      layers, with keys `[L, B, kv_heads, head_dim, T]` and values `[L, B, kv_heads, T, head_dim]`.
+      layers, with keys `[L', B, kv_heads, head_dim, T]` and values `[L', B, kv_heads, T, head_dim]`
+      for each stack of L' layers.
     """
     start = jnp.zeros_like(length) if start is None else start
     bounds = Bounds(start, length, tuple((s.start, s.length) for s in past), None)
@@ -359,8 +253,8 @@ def forward_parallel(
       own: What each sample has written so far, batch axes `[B, K]`.
 
     Returns:
-      Hidden states after the final norm, `[B, K, D]`, and the tokens' keys and values in all
-      layers, each `[L, B, K, kv_heads, head_dim]`.
+      Hidden states after the final norm, `[B, K, D]`, and the tokens' keys and values, each
+      `[L', B, K, kv_heads, head_dim]` for each stack of L' layers.
     """
     positions = own.start + own.length
     bounds = Bounds(
@@ -379,13 +273,46 @@ def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arr
     return out
 
 
+def reward(
+    params: Params, config: DecoderConfig, tokens: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """The scalar that a sequence classifier gives each sequence, read at its last token.
+
+    Args:
+      params: Parameters of a decoder with `num_labels` 1.
+      config: Its configuration.
+      tokens: `i32[B, T]`, left-aligned.
+      lengths: `i32[B]`, real tokens of each row, at least 1.
+
+    Returns:
+      `f32[B]`. Pure; jit with static `config`.
+
+    Raises:
+      ValueError: If the decoder has no head of one output.
+    """
+    if config.num_labels != 1:
+        raise ValueError(f"a reward needs a head of one output; num_labels={config.num_labels}")
+    hidden, _ = forward(params, config, tokens, length=lengths)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    out: Any = Decoder(config).apply({"params": params}, last, method=Decoder.classify)
+    return out[:, 0]
+
+
+def layer_of(stacked: tuple[Any, ...], config: DecoderConfig, layer: int) -> Any:
+    """The part of one layer, of what is a tuple with a tree of stacked arrays for each stack."""
+    for stack, tree in zip(config.stacks, stacked, strict=True):
+        if stack.first <= layer < stack.first + stack.count:
+            return jax.tree.map(lambda leaf: leaf[layer - stack.first], tree)  # noqa: B023
+    raise IndexError(f"layer {layer} of {config.num_layers}")
+
+
 def cpu_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
     """The same model in the form that decodes fastest on CPUs.
 
     A scan over stacked layers compiles fast and is how parameters are stored. But XLA on CPUs
     copies each layer's slice before it is used, which in decoding costs as much as the products.
     Here every layer has arrays of its own, and products are written weights first. Caches are then
-    tuples of one array a layer, wherever stacked ones have a leading axis L.
+    tuples of one array a layer.
 
     Args:
       config: With `scan_layers` true.
@@ -394,9 +321,11 @@ def cpu_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, P
     Returns:
       The configuration and parameters of the unrolled decoder; the embedding is shared.
     """
-    apart = {name: leaf for name, leaf in params.items() if name != "layers"}
-    for index in range(config.num_layers):
-        apart[f"layers_{index}"] = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+    names = ("dense_layers", "layers")[-len(config.stacks) :]
+    apart = {name: leaf for name, leaf in params.items() if name not in names}
+    stacked = tuple(params[name] for name in names)
+    for layer in range(config.num_layers):
+        apart[f"layers_{layer}"] = layer_of(stacked, config, layer)
     return dataclasses.replace(config, scan_layers=False, weights_first=True), apart
 
 
@@ -415,9 +344,21 @@ def init_params(config: DecoderConfig, key: jax.Array) -> Params:
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Shapes of the parameters as `jax.ShapeDtypeStruct`s, without allocating any."""
+    """Shapes of the parameters as `jax.ShapeDtypeStruct`s, without allocating any.
+
+    Args:
+      config: The decoder's configuration.
+      dtype: Type of all floating parameters but those that must be exact: the routers' biases and
+        the scales of quantised kernels stay float32.
+    """
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+    def typed(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = path[-1].key
+        exact = name == "router_bias" or name.endswith(("_codes", "_scales"))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if exact else dtype)
+
+    return jax.tree_util.tree_map_with_path(typed, shapes)
 
 
 def param_axes(config: DecoderConfig) -> Params:

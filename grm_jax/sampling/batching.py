@@ -207,8 +207,7 @@ class JudgeSampler:
     def limit(self, shape: JobShape) -> int:
         """Prompts in a batch of a shape, by rows and by memory for the cache."""
         c = self.config
-        width = jnp.dtype(c.dtype).itemsize * c.num_kv_heads * c.head_dim * 2
-        size = shape.prompt * c.num_layers * width
+        size = shape.prompt * c.cache_width * jnp.dtype(c.dtype).itemsize
         memory = _CPU_CACHE_BYTES if self._cpu else _ACCELERATOR_CACHE_BYTES
         by_rows = max(1, self._rows // shape.samples)
         return max(1, min(by_rows, memory // size))
@@ -239,7 +238,7 @@ class JudgeSampler:
                 length = np.asarray([len(job.tokens) - 1], np.int32)
                 segment = prefill(self.params, self.config, tokens, length)
                 before = job.tokens
-            prefix = place_prefix(prefix, segment, row)
+            prefix = place_prefix(prefix, segment, row, self.loop[0])
         return prefix
 
     def _decode(

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grm_jax.models import DecoderConfig, Params, Segment, forward, forward_parallel, unembed
+from grm_jax.models import (
+    DecoderConfig,
+    Params,
+    Segment,
+    forward,
+    forward_parallel,
+    layer_of,
+    unembed,
+)
 from grm_jax.sampling.layout import Layout, LayoutState, advance, allowed_edges
 
 _CDF_BLOCK = 128
@@ -79,32 +87,44 @@ def empty_prefix(config: DecoderConfig, *, rows: int, size: int) -> Segment:
       rows: B.
       size: P, at least the padded length of every prompt to come.
     """
-    lead = (config.num_layers,) if config.scan_layers else ()
-    keys = (*lead, rows, config.num_kv_heads, config.head_dim, size)
-    values = (*lead, rows, config.num_kv_heads, size, config.head_dim)
+    heads, key, value = config.cache_heads
 
-    def room(shape: tuple[int, ...]) -> Any:
-        if config.scan_layers:
-            return jnp.zeros(shape, config.dtype)
-        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    def room(*sizes: int) -> tuple[jax.Array, ...]:
+        return tuple(
+            jnp.zeros((*lead, rows, heads, *sizes), config.dtype) for lead in config.cache_leads
+        )
 
     zeros = jnp.zeros(rows, jnp.int32)
-    return Segment(room(keys), room(values), zeros, jnp.zeros_like(zeros))
+    values = (None,) * len(config.cache_leads) if value is None else room(size, value)
+    return Segment(room(key, size), values, zeros, jnp.zeros_like(zeros))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def place_prefix(prefix: Segment, segment: Segment, row: jax.Array | int) -> Segment:
-    """Writes the segment of one prompt, from `prefill`, into a row; `prefix` is used up."""
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
+def place_prefix(
+    prefix: Segment, segment: Segment, row: jax.Array | int, config: DecoderConfig
+) -> Segment:
+    """Writes the segment of one prompt into a row.
 
-    def write(room: Any, new: jax.Array) -> Any:
-        if isinstance(room, tuple):
-            return tuple(put(layer, new[index], 0) for index, layer in enumerate(room))
-        return put(room, new, 1)
+    Args:
+      prefix: From `empty_prefix`; used up.
+      segment: From `prefill`, of one prompt, its layers in stacks.
+      row: Which row.
+      config: Of the decoder that runs the loop.
+
+    Returns:
+      The prefix with the prompt in its row.
+    """
 
     def put(room: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         place = [jnp.int32(0)] * room.ndim
         place[axis] = jnp.int32(row)
         return jax.lax.dynamic_update_slice(room, new.astype(room.dtype), place)
+
+    def write(room: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
+        if config.scan_layers:
+            return jax.tree.map(lambda one, other: put(one, other, 1), room, new)
+        layers = tuple(layer_of(new, config, layer) for layer in range(config.num_layers))
+        return jax.tree.map(lambda one, other: put(one, other, 0), room, layers)
 
     return Segment(
         write(prefix.keys, segment.keys),
@@ -201,15 +221,15 @@ def decode(
     def unfinished(carry: tuple) -> jax.Array:
         return ~_finished(carry[-1], controls).all()
 
-    def room(cached: jax.Array, *sizes: int) -> jax.Array:
-        heads = cached.shape[-3]
-        lead = cached.shape[:-4]  # the layers, if they are stacked
+    def room(cached: jax.Array, axis: int) -> jax.Array:
+        lead, (heads, *sizes) = cached.shape[:-4], cached.shape[-3:]
+        sizes[axis] = capacity
         return jnp.zeros((*lead, *shape, heads, *sizes), cached.dtype)
 
     zeros = jnp.zeros(shape, jnp.int32)
     own = Segment(
-        jax.tree.map(lambda leaf: room(leaf, config.head_dim, capacity), prefix.keys),
-        jax.tree.map(lambda leaf: room(leaf, capacity, config.head_dim), prefix.values),
+        jax.tree.map(lambda leaf: room(leaf, 1), prefix.keys),
+        jax.tree.map(lambda leaf: room(leaf, 0), prefix.values),
         jnp.broadcast_to(prefix.length[:, None], shape),
         zeros,
     )

@@ -18,15 +18,17 @@ from grm_jax.errors import UsageError
 from grm_jax.models import (
     DecoderConfig,
     Params,
+    Rope,
     abstract_params,
-    gemma3_config,
-    llama_config,
+    family_config,
     logits,
     param_axes,
+    sliding_windows,
 )
 
 VOCAB, WIDTH, MLP = 48, 32, 40
-LLAMA = llama_config(
+LLAMA = family_config(
+    "llama",
     vocab_size=VOCAB,
     num_layers=2,
     width=WIDTH,
@@ -34,10 +36,12 @@ LLAMA = llama_config(
     num_kv_heads=2,
     mlp_dim=MLP,
     max_context=256,
-    rope_theta=5_000.0,
+    rope=Rope(theta=5_000.0),
     norm_eps=2e-5,
+    tie_embeddings=True,
 )
-UNTIED = llama_config(
+UNTIED = family_config(
+    "llama",
     vocab_size=VOCAB,
     num_layers=2,
     width=WIDTH,
@@ -47,7 +51,8 @@ UNTIED = llama_config(
     max_context=256,
     tie_embeddings=False,
 )
-GEMMA3 = gemma3_config(
+GEMMA3 = family_config(
+    "gemma3",
     vocab_size=VOCAB,
     num_layers=7,
     width=WIDTH,
@@ -56,8 +61,9 @@ GEMMA3 = gemma3_config(
     head_dim=12,
     mlp_dim=MLP,
     max_context=256,
-    window=8,
-    rope_theta=20_000.0,
+    windows=sliding_windows(7, 8, 6),
+    rope=Rope(theta=20_000.0),
+    rope_local=Rope(theta=10_000.0),
 )
 CONFIGS = {"llama": LLAMA, "untied": UNTIED, "gemma3": GEMMA3}
 
@@ -82,7 +88,7 @@ def fields_of(config: DecoderConfig) -> Fields:
         f"{a}.feed_forward_length": config.mlp_dim,
         f"{a}.context_length": config.max_context,
         f"{a}.attention.layer_norm_rms_epsilon": config.norm_eps,
-        f"{a}.rope.freq_base": config.rope_theta,
+        f"{a}.rope.freq_base": config.rope.theta,
         "tokenizer.ggml.tokens": [f"t{index}" for index in range(config.vocab_size)],
     }
     if a == "gemma3":
@@ -245,7 +251,7 @@ def _check_sharding(leaf: jax.Array, sharding: jax.sharding.Sharding) -> None:
 
 
 def test_a_folder_holds_one_file(models: dict[str, Written], tmp_path: Path) -> None:
-    assert "holds 0 GGUF files" in refusal(tmp_path)
+    assert "holds no model: neither config.json" in refusal(tmp_path)
     save(models["llama"], tmp_path / "one.gguf")
     config, _ = checkpoints.load(str(tmp_path))
     assert config.family == "llama"

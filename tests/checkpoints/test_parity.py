@@ -82,7 +82,7 @@ class Model(NamedTuple):
 
 def load(path: Path) -> Model:
     file = checkpoints.open_checkpoint(str(path))
-    tokenizer = tokenizer_from_gguf(file.metadata)
+    tokenizer = tokenizer_from_gguf(file.metadata or {})
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     prompts = {name: start + tokenizer.encode(prompt.text) for name, prompt in PROMPTS.items()}
     config, params = checkpoints.load(file)

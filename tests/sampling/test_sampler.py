@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grm_jax import GRM
-from grm_jax.models import Segment, cpu_decoder, logits
+from grm_jax.models import cpu_decoder, layer_of, logits
 from grm_jax.prompts import parse_scores
 from grm_jax.sampling import (
     Controls,
@@ -58,8 +58,12 @@ def sample(
     prefix = prefill(grm.params, grm.config, tokens, length)
     config, params = grm.config, grm.params
     if on_cpu:
+        layers = range(config.num_layers)
         config, params = cpu_decoder(config, params)
-        prefix = Segment(tuple(prefix.keys), tuple(prefix.values), prefix.start, prefix.length)
+        prefix = prefix._replace(
+            keys=tuple(layer_of(prefix.keys, grm.config, layer) for layer in layers),
+            values=tuple(layer_of(prefix.values, grm.config, layer) for layer in layers),
+        )
     out = decode(
         params,
         config,
