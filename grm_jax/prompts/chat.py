@@ -117,10 +117,10 @@ def _encode_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
     for start, spelling in tokenizer.find_controls(text):
         # A control token of one character holds no mark; it is followed by it.
         if start >= done and not text.startswith(mark, start + 1):
-            ids += tokenizer.encode(text[done:start].replace(mark, ""))
+            ids += tokenizer.encode(text[done:start].replace(mark, ""), after_control=done > 0)
             ids.append(tokenizer.control_tokens[spelling])
             done = start + len(spelling)
-    return ids + tokenizer.encode(text[done:].replace(mark, ""))
+    return ids + tokenizer.encode(text[done:].replace(mark, ""), after_control=done > 0)
 
 
 def _render(
