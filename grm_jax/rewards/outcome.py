@@ -58,7 +58,9 @@ def pointwise_outcome_reward(score: ArrayLike, valid: ArrayLike, truth: ArrayLik
     return jnp.where(right, 1.0, -1.0).astype(jnp.float32)
 
 
-def group_advantages(rewards: ArrayLike, *, floor: float = 1e-3) -> jax.Array:
+def group_advantages(
+    rewards: ArrayLike, *, floor: float = 1e-3, deviation: bool = True
+) -> jax.Array:
     """Standardises the rewards of each group of rollouts of one prompt.
 
     The advantage of eq 15 (arXiv:2504.02495), the reward less the mean of its group over their
@@ -73,6 +75,8 @@ def group_advantages(rewards: ArrayLike, *, floor: float = 1e-3) -> jax.Array:
     Args:
       rewards: `f32[..., G]`, the rewards of each group.
       floor: the least deviation to divide by; no group of rewards of +1 and -1 comes near it.
+      deviation: whether to divide by the deviation. Without it a group that is nearly all right or
+        all wrong counts for no more than its rewards say (Dr. GRPO, arXiv:2503.20783).
 
     Returns:
       `f32[..., G]`, the advantages.
@@ -81,6 +85,8 @@ def group_advantages(rewards: ArrayLike, *, floor: float = 1e-3) -> jax.Array:
     # Of equal rewards, differences from one member are exactly 0; those from the mean may not be.
     shifted = rewards - rewards[..., :1]
     centred = shifted - jnp.mean(shifted, axis=-1, keepdims=True)
+    if not deviation:
+        return centred
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     # The floor stands inside the root, whose gradient at 0 is infinite.
     return centred / jnp.sqrt(jnp.maximum(variance, floor**2))

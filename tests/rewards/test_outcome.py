@@ -1,5 +1,7 @@
 """Rewards by rule against numbers worked by hand and against plain loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,10 +129,27 @@ def test_group_advantages_of_many(transform):
     np.testing.assert_allclose(transform(group_advantages)(rewards), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("rewards", "advantages"),
+    [
+        ([1, -1], [1, -1]),
+        ([1, -1, -1, -1], [1.5, -0.5, -0.5, -0.5]),
+        ([1, 2, 3], [-1, 0, 1]),
+    ],
+)
+def test_group_advantages_without_deviation(rewards, advantages, jitted):
+    function = functools.partial(group_advantages, deviation=False)
+    result = (jax.jit(function) if jitted else function)(jnp.array(rewards))
+    np.testing.assert_allclose(result, advantages, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("deviation", [False, True])
 @pytest.mark.parametrize("value", [0.1, -1.0, 1 / 3, 1e6, 0.0])
 @pytest.mark.parametrize("size", [3, 4, 7, 64])
-def test_equal_rewards_give_exactly_nothing(value, size):
-    assert not np.any(group_advantages(np.full((2, size), value, np.float32)))
+def test_equal_rewards_give_exactly_nothing(value, size, deviation):
+    rewards = np.full((2, size), value, np.float32)
+    assert not np.any(group_advantages(rewards, deviation=deviation))
 
 
 def test_deviation_is_floored():
