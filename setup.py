@@ -29,7 +29,7 @@ INSTALL_REQUIRES = [
     "ml-collections>=1.0",
     "numpy>=2.0",
     # Records and training data; both work without TensorFlow.
-    "grain>=0.2.12",
+    "grain>=0.2.15",
     "tensorflow-datasets>=4.9.9",
     # Weights and tokenizers.
     "gguf>=0.17",
@@ -49,7 +49,7 @@ EXTRAS_REQUIRE = {
     "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18"],
     # The implementations that the parity tests compare with. torch is pinned so that everybody
     # compares with the same numbers; transformers reads GGUF only where accelerate is installed.
-    "peers": ["torch==2.13.0", "transformers>=5.0", "accelerate>=1.1"],
+    "peers": ["torch==2.13.0", "transformers>=5.0", "accelerate>=1.1", "peft>=0.18"],
     "notebook": ["ipykernel>=6.29", "matplotlib>=3.9", "notebook>=7.2"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
 }

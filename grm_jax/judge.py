@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from jax.typing import DTypeLike
 from grm_jax import checkpoints, grammar
 from grm_jax.data import BadRecord, Comparison, from_record
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params
+from grm_jax.models import DecoderConfig, Params, merge_lora
 from grm_jax.prompts import (
     Template,
     Tokenizer,
     encode_chat,
     load_template,
     render,
+    tokenizer_from_folder,
     tokenizer_from_gguf,
 )
 from grm_jax.rewards import rank, tied_for_best, vote
@@ -145,6 +147,34 @@ class _Plan:
     error: str | None = None
 
 
+def load_model(
+    opened: checkpoints.Checkpoint,
+    *,
+    dtype: DTypeLike,
+    adapter: Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[DecoderConfig, Params, Tokenizer]:
+    """Loads an opened checkpoint and its tokenizer.
+
+    Args:
+      opened: From `checkpoints.open_checkpoint`.
+      dtype: Type of parameters and computation.
+      adapter: A PEFT folder whose adapters are merged into the model.
+      mesh: Where to place the parameters; the default device if None.
+
+    Raises:
+      UsageError: If a file of the model, the tokenizer or the adapter cannot be read.
+    """
+    if opened.metadata is not None:
+        tokenizer = tokenizer_from_gguf(opened.metadata)
+    else:
+        tokenizer = tokenizer_from_folder(opened.path, vocab_size=opened.config.vocab_size)
+    config, params = checkpoints.load(opened, dtype, mesh)
+    if adapter is not None:
+        config, params = merge_lora(*checkpoints.load_adapter(adapter, config, params))
+    return config, params, tokenizer
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GRM:
     """A generative reward model.
@@ -175,21 +205,24 @@ class GRM:
         """Loads a model and its tokenizer.
 
         Args:
-          name_or_path: A built-in name (fetched on first use), a GGUF file or a folder with one.
-          adapter: A LoRA adapter; none can be read yet, so only None is taken.
+          name_or_path: A built-in name (fetched on first use), `hf:owner/name[@revision]`, a folder
+            of safetensors or of an Orbax checkpoint, or a GGUF file.
+          adapter: A PEFT folder with LoRA adapters, which are merged into the model.
           mesh: Where to place the parameters; the default device if None.
           dtype: Type of parameters and computation: by default float32 on CPUs, else bfloat16.
 
         Raises:
           UsageError: If there is no such model, or its files cannot be read.
         """
-        if adapter is not None:
-            raise UsageError(f"adapter {adapter!r} cannot be loaded: this version reads none")
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         opened = checkpoints.open_checkpoint(name_or_path)
-        tokenizer = tokenizer_from_gguf(opened.metadata or {})
-        config, params = checkpoints.load(opened, dtype, mesh)
+        folder = None if adapter is None else Path(adapter)
+        config, params, tokenizer = load_model(opened, adapter=folder, dtype=dtype, mesh=mesh)
+        if config.lora is not None:
+            config, params = merge_lora(config, params)
+        if config.num_labels:
+            raise UsageError(f"{name_or_path} is a classifier; a judge must write text")
         table = jax.device_put(grammar.token_table(tokenizer.token_bytes))
         return cls(
             name=name_or_path, config=config, params=params, tokenizer=tokenizer, table=table

@@ -106,6 +106,7 @@ def gguf_checkpoint(file: GGUFFile) -> Checkpoint:
         load=functools.partial(
             read_params, config, wanted, lambda name: _dequantise(file, name).reshape(shapes[name])
         ),
+        dtype="float32",
         metadata=file.metadata,
     )
 

@@ -63,7 +63,7 @@ def open_orbax(folder: Path) -> Checkpoint:
             raise UsageError(f"{folder} cannot be restored: {reason}") from error
         return params
 
-    return Checkpoint(path=folder, config=config, load=load, metadata=None)
+    return Checkpoint(path=folder, config=config, load=load, dtype=config.dtype, metadata=None)
 
 
 def config_to_json(config: DecoderConfig) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def open_folder(folder: Path) -> Checkpoint:
         load=functools.partial(
             read_params, config, wanted, lambda name: read_tensor(tensors, name)
         ),
+        dtype="bfloat16" if tensors[wanted[0].name].kind in ("BF16", "F8_E4M3") else "float32",
         metadata=None,
     )
 

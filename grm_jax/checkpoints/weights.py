@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params, abstract_params
+from grm_jax.models import DecoderConfig, DtypeName, Params, abstract_params
 
 Place = tuple[int | slice, ...]
 
@@ -40,12 +40,14 @@ class Checkpoint:
       config: The decoder's configuration.
       load: Reads the parameters, given their type and a tree of their shardings (or None, for the
         default device).
+      dtype: Type that loses nothing of what is stored, or as little as makes sense.
       metadata: A GGUF file's; None for a folder, whose tokenizer lies in files of its own.
     """
 
     path: Path
     config: DecoderConfig
     load: Callable[[DTypeLike, Params | None], Params]
+    dtype: DtypeName
     metadata: Mapping[str, Any] | None
 
 

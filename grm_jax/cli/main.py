@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from grm_jax.checkpoints.sources import cache_folder
-from grm_jax.cli import judge
+from grm_jax.cli import convert, judge
 from grm_jax.errors import UsageError
 from grm_jax.version import __version__
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"grm_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     judge.add_parser(commands)
+    convert.add_parser(commands)
     args = parser.parse_args(argv)
     _keep_compiled_programs()
     try:

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grm_jax import checkpoints
 from grm_jax.checkpoints.hub_config import config_from_hub, config_to_hub
+from grm_jax.checkpoints.safetensors import hub_names
+from grm_jax.checkpoints.weights import pieces
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
 from grm_jax.models import (
@@ -25,6 +30,7 @@ from grm_jax.models import (
     DecoderConfig,
     Params,
     Segment,
+    family_config,
     forward,
     forward_parallel,
     reward,
@@ -350,3 +356,46 @@ def test_no_weights(tmp_path: Path, llama: Path) -> None:
     assert "has no safetensors files" in error_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read" in error_of(tmp_path)
+
+
+# --- memory ---
+
+MEASURE = """
+import resource, sys
+from grm_jax import checkpoints
+config, params = checkpoints.load(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_checkpoint_is_loaded_without_a_second_copy(tmp_path: Path) -> None:
+    """Peak resident memory of the whole process, Python and JAX included, over the files' size."""
+    config = family_config(
+        "llama",
+        **{"vocab_size": 8192, "num_layers": 12, "width": 2048, "num_heads": 16},
+        **{"num_kv_heads": 16, "mlp_dim": 6144, "max_context": 64},
+    )
+    wanted = list(pieces(config, hub_names(config)))
+    rng = np.random.default_rng(0)
+    total, listed = 0, {}
+    for number in range(6):
+        part = {
+            piece.name: rng.standard_normal(piece.shape, np.float32) for piece in wanted[number::6]
+        }
+        name = f"model-{number}.safetensors"
+        safetensors.numpy.save_file(part, tmp_path / name)
+        listed |= dict.fromkeys(part, name)
+        total += sum(array.nbytes for array in part.values())
+    assert total > 2 << 30
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hub(config)))
+    env = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+    assert int(done.stdout) <= 1.3 * total, f"{int(done.stdout) / total:.2f} times the size"
