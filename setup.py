@@ -48,8 +48,15 @@ EXTRAS_REQUIRE = {
     "gpu12": ["jax[cuda12]>=0.10"],
     "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18"],
     # The implementations that the parity tests compare with. torch is pinned so that everybody
-    # compares with the same numbers; transformers reads GGUF only where accelerate is installed.
-    "peers": ["torch==2.13.0", "transformers>=5.0", "accelerate>=1.1", "peft>=0.18"],
+    # compares with the same numbers, and trl because its losses are private methods; transformers
+    # reads GGUF only where accelerate is installed.
+    "peers": [
+        "torch==2.13.0",
+        "transformers>=5.0",
+        "accelerate>=1.10.1",
+        "trl==1.16.0",
+        "peft>=0.18",
+    ],
     "notebook": ["ipykernel>=6.29", "matplotlib>=3.9", "notebook>=7.2"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
 }

@@ -99,9 +99,8 @@ def grpo_loss(
     Raises:
       UsageError: Arguments do not go together; the message names them.
     """
-    keep = jnp.asarray(mask, bool)
+    constant, keep = lax.stop_gradient, jnp.asarray(mask, bool)
     logprobs = _kept("logprobs", logprobs, keep)
-    constant = lax.stop_gradient
     old = constant(logprobs if old_logprobs is None else _kept("old_logprobs", old_logprobs, keep))
     advantages = jnp.asarray(advantages, jnp.float32)
     if advantages.shape == keep.shape[:1]:
@@ -321,8 +320,7 @@ def _aggregate(
         if max_length is None:
             raise UsageError('aggregate="sum" needs max_length, the constant length to divide by')
         total = total / max_length
-    denominator = jnp.asarray(denominator, jnp.float32)
-    return total / jnp.where(denominator > 0, denominator, 1.0)
+    return total / jnp.where(jnp.asarray(denominator) > 0, denominator, 1.0)
 
 
 def _row_means(values: jax.Array, keep: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ from grm_jax.models import (
     DecoderConfig,
     Params,
     Segment,
+    abstract_params,
     family_config,
     forward,
     forward_parallel,
@@ -181,6 +182,20 @@ def test_classifiers(name: str, tmp_path: Path) -> None:
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, ours[key]), key
     assert config_from_hub(config_to_hub(config), name) == config
+
+
+@pytest.mark.parametrize("name", hub.FAMILIES)
+def test_bytes_of_cache_a_token(name: str) -> None:
+    """Two vectors a key head or, of latent attention, the latent vector and the rotated key."""
+    config = config_from_hub(hub.settings(name)[1].to_dict(), name)
+    _, segment = jax.eval_shape(
+        lambda params: forward(params, config, tokens(), length=np.asarray(LENGTHS)),
+        abstract_params(config),
+    )
+    kept = sum(leaf.size for leaf in jax.tree.leaves((segment.keys, segment.values)))
+    each = 24 + 8 if name.startswith("deepseek") else 2 * 2 * config.head_dim
+    assert kept == 4 * each * len(LENGTHS) * TIME
+    assert config.cache_width == 4 * each
 
 
 def test_every_family_is_tested() -> None:
@@ -373,8 +388,13 @@ def test_a_large_checkpoint_is_loaded_without_a_second_copy(tmp_path: Path) -> N
     """Peak resident memory of the whole process, Python and JAX included, over the files' size."""
     config = family_config(
         "llama",
-        **{"vocab_size": 8192, "num_layers": 12, "width": 2048, "num_heads": 16},
-        **{"num_kv_heads": 16, "mlp_dim": 6144, "max_context": 64},
+        vocab_size=8192,
+        num_layers=12,
+        width=2048,
+        num_heads=16,
+        num_kv_heads=16,
+        mlp_dim=6144,
+        max_context=64,
     )
     wanted = list(pieces(config, hub_names(config)))
     rng = np.random.default_rng(0)

@@ -6,8 +6,11 @@ import sys
 import threading
 import zipfile
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 
 from grm_jax.checkpoints.sources import MODELS, BuiltIn, Part, cache_folder, fetch, resolve
@@ -247,3 +250,45 @@ def test_built_in_models_are_pinned() -> None:
 def test_resolve_built_in_name(smollm2_gguf: Path) -> None:
     assert resolve("smollm2-135m") == smollm2_gguf
     assert smollm2_gguf.stat().st_size == 98_362_432
+
+
+# --- repositories of the Hub ---
+
+
+def test_a_repository_is_fetched_without_pickles_or_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("hf:owner/some.model-1@v1.0") == tmp_path
+    assert resolve("hf:owner/model") == tmp_path
+    assert [name for name, _, _ in asked] == ["owner/some.model-1", "owner/model"]
+    assert [revision for _, revision, _ in asked] == ["v1.0", None]
+    patterns = asked[0][2]
+    files = ["a.safetensors", "config.json", "chat_template.jinja", "tokenizer.model"]
+    assert all(any(fnmatch(file, pattern) for pattern in patterns) for file in files)
+    refused = ["pytorch_model.bin", "modeling.py", "weights.pt", "x.gguf"]
+    assert not any(fnmatch(file, pattern) for pattern in patterns for file in refused)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:model", "hf:a/b/c", "hf:a b/c", "hf:/x"])
+def test_names_of_no_repository(name: str) -> None:
+    with pytest.raises(UsageError, match="names no repository; write hf:owner/name"):
+        resolve(name)
+
+
+def test_a_repository_that_cannot_be_reached(tmp_path: Path) -> None:
+    code = "from grm_jax.checkpoints.sources import resolve; resolve('hf:owner/model')"
+    # Nobody listens on port 9, and nothing is in the cache.
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UsageError: cannot fetch hf:owner/model: " in last
+    assert "check the name, the connection" in last

@@ -49,36 +49,40 @@ def values_and_gradients(function, hidden, matrix, targets, temperature):
     return (*values, *gradients)
 
 
+@functools.cache  # the same function is compiled once
+def capped(softcap):
+    return functools.partial(dense, softcap=softcap)
+
+
 def chunked(**settings):
     return functools.partial(token_logprobs, with_entropy=True, **settings)
 
 
 @pytest.mark.parametrize(
-    ("vocab", "chunk", "shards"),
+    ("vocab", "chunk", "shards", "softcap"),
     [
-        (96, 96, 1),
-        (96, 32, 1),  # divides
-        (96, 36, 1),  # a rest of 24
-        (97, 7, 1),  # odd everything
-        (97, 96, 1),  # a rest of one token
-        (97, 1000, 1),  # more than there is
-        (12, 1, 1),
-        (96, 32, 4),
-        (96, 50, 4),  # 12 of each part, twice
-        (96, 44, 4),  # 11 of each part, and a rest of 2
-        (96, 1, 4),  # at least one of each part
+        (96, 96, 1, None),
+        (96, 32, 1, 3.0),  # divides
+        (96, 36, 1, None),  # a rest of 24
+        (97, 7, 1, 3.0),  # odd everything
+        (97, 96, 1, None),  # a rest of one token
+        (97, 1000, 1, None),  # more than there is
+        (97, 1, 1, None),
+        (96, 32, 4, 3.0),
+        (96, 50, 4, None),  # 12 of each part, twice
+        (96, 44, 4, 3.0),  # 11 of each part, and a rest of 2
+        (96, 1, 4, None),  # at least one of each part
     ],
 )
-@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 3.0)])
-def test_equals_dense(vocab, chunk, shards, temperature, softcap):
+def test_equals_dense(vocab, chunk, shards, softcap):
     inputs = random_inputs(0, vocab)
     function = chunked(chunk=chunk, vocab_shards=shards, softcap=softcap)
-    results = values_and_gradients(function, *inputs, temperature)
-    reference = functools.partial(dense, softcap=softcap)
-    expected = values_and_gradients(reference, *inputs, temperature)
-    for result, value in zip(results, expected, strict=True):
-        assert result.dtype == jnp.float32
-        np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
+    for temperature in (1.0, 0.7):
+        results = values_and_gradients(function, *inputs, temperature)
+        expected = values_and_gradients(capped(softcap), *inputs, temperature)
+        for result, value in zip(results, expected, strict=True):
+            assert result.dtype == jnp.float32
+            np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -198,7 +202,7 @@ def test_the_layout_of_training(shards):
     placed = jax.device_put(inputs, tuple(jax.NamedSharding(mesh, spec) for spec in specs))
     function = chunked(chunk=36, vocab_shards=shards, softcap=4.0)
     results = values_and_gradients(function, *placed, 1.0)
-    expected = values_and_gradients(functools.partial(dense, softcap=4.0), *inputs, 1.0)
+    expected = values_and_gradients(capped(4.0), *inputs, 1.0)
     for result, value in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
 
