@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from grm_jax.models.kernels import causal_attention
+
 KeysValues = tuple[Any, Any]
 """Keys and values: arrays of one layer or stack, or tuples over all; values may be None."""
 
@@ -58,12 +60,14 @@ class Bounds(NamedTuple):
       length: `i32[B]`, real current tokens (`[B, K]` for parallel samples).
       past: For each shared segment, its start and length, `i32[B]`.
       own: The start and length of the samples' own segment, `i32[B, K]`, or None.
+      segment_ids: `i32[B, T]`, where rows hold several sequences that do not see one another.
     """
 
     start: jax.Array
     length: jax.Array
     past: tuple[tuple[jax.Array, jax.Array], ...]
     own: tuple[jax.Array, jax.Array] | None
+    segment_ids: jax.Array | None = None
 
 
 class Cache(NamedTuple):
@@ -85,6 +89,7 @@ def cached_attention(
     bounds: Bounds,
     cache: Cache,
     window: jax.Array,
+    windows: tuple[int, ...],
     softcap: float | None = None,
 ) -> tuple[jax.Array, KeysValues]:
     """Attention of one layer, of consecutive tokens or of parallel samples as the cache says.
@@ -96,6 +101,7 @@ def cached_attention(
       bounds: Where tokens and segments begin and end.
       cache: Earlier keys and values.
       window: `i32[]`, how many tokens back a query sees, itself included.
+      windows: The values that `window` may take.
       softcap: Scores are kept within this by a tanh; None for no cap.
 
     Returns:
@@ -111,6 +117,18 @@ def cached_attention(
     keys = _constrain(key.transpose(0, 2, 3, 1), ("batch", "kv_heads", "head_dim", "length"))
     values = None if value is None else value.transpose(0, 2, 1, 3)
     values = _constrain(values, ("batch", "kv_heads", "length", "head_dim"))
+    if value is not None and not past:
+        mixed = causal_attention(
+            query,
+            key,
+            value,
+            length=bounds.length,
+            window=window,
+            windows=windows,
+            softcap=softcap,
+            segment_ids=bounds.segment_ids,
+        )
+        return mixed, (keys, values)
     current = Segment(keys, values, bounds.start, bounds.length)
     return attend(query, current, past, window, softcap), (keys, values)
 

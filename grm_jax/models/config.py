@@ -158,6 +158,7 @@ class DecoderConfig:
       lora: Adapters beside the projections' kernels.
       quantization: How the projections' kernels are stored; None for plain arrays.
       dtype: Type that activations and matrix products are computed in.
+      remat: Whether a layer is computed again for its gradient, instead of kept.
       scan_layers: Whether layers are stacked and scanned over.
       weights_first: Whether products are written with the weights on the left; see
         `cpu_decoder`.
@@ -192,6 +193,7 @@ class DecoderConfig:
     lora: Lora | None = None
     quantization: Quantization | None = None
     dtype: DtypeName = "float32"
+    remat: bool = False
     scan_layers: bool = True
     weights_first: bool = False
 

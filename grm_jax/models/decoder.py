@@ -51,7 +51,14 @@ class Attention(nn.Module):
             key = RMSNorm(c.norm_eps, c.norm_offset, "head_dim", name="k_norm")(key)
         query = rotate(query, *rope) * jnp.asarray(c.query_scale, x.dtype)
         mixed, new = cached_attention(
-            query, rotate(key, *rope), value, bounds, cache, window, c.attention_softcap
+            query,
+            rotate(key, *rope),
+            value,
+            bounds,
+            cache,
+            window,
+            tuple(set(c.windows)),
+            c.attention_softcap,
         )
         mixed = nn.with_logical_constraint(mixed, ("batch", "length", "heads", "head_dim"))
         axes = ("embed", "heads", "head_dim")
@@ -179,7 +186,7 @@ class Decoder(nn.Module):
 def _scanned(config: DecoderConfig, stack: Stack) -> Any:
     """Layers of one shape, run one after the other with stacked parameters."""
     return nn.scan(
-        Layer,
+        nn.remat(Layer, prevent_cse=False) if config.remat else Layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, 0, 0),
@@ -209,6 +216,7 @@ def forward(
     length: jax.Array,
     start: jax.Array | None = None,
     past: tuple[Segment, ...] = (),
+    segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, Segment]:
     """Runs the decoder on tokens that follow the past segments.
 
@@ -219,6 +227,8 @@ def forward(
       length: `i32[B]`, real tokens in each row; what lies beyond is never attended to.
       start: `i32[B]`, position of the first token; zeros if left out.
       past: Cached segments, in order, that every token here may attend to.
+      segment_ids: `i32[B, T]`, where a row holds several sequences one after the other: each has a
+        number of its own, sees only itself, and counts its positions from zero. Not with a past.
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`, and the `Segment` of these tokens in all
@@ -226,9 +236,15 @@ def forward(
       for each stack of L' layers.
     """
     start = jnp.zeros_like(length) if start is None else start
-    bounds = Bounds(start, length, tuple((s.start, s.length) for s in past), None)
+    bounds = Bounds(start, length, tuple((s.start, s.length) for s in past), None, segment_ids)
     cache = Cache(tuple((s.keys, s.values) for s in past), None)
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    index = jnp.arange(tokens.shape[1])
+    positions = start[:, None] + index
+    if segment_ids is not None:
+        if past:
+            raise ValueError("rows of several sequences cannot go on from a cache")
+        begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+        positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
     hidden, (keys, values) = _apply(params, config, tokens, positions, bounds, cache)
     return hidden, Segment(keys, values, start, length)
 

@@ -27,11 +27,11 @@ from grm_jax.errors import UsageError
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
-ROWS = 256
-"""Queries that plain attention scores at once."""
+ROWS = 512
+"""Queries that plain attention scores at once: bounds memory and leaves out keys that lie ahead."""
 
-SPANS = 4
-"""Parts of a sequence for which plain attention bounds the keys that are looked at."""
+MOST_BLOCKS = 16
+"""Blocks of queries into which plain attention cuts a sequence at most; each is compiled anew."""
 
 BLOCK = 512
 """Queries, and keys, that splash attention scores at once in a long sequence."""
@@ -150,65 +150,51 @@ def _xla(
     window: int,
     softcap: float | None,
 ) -> jax.Array:
-    """Plain attention, one block of queries after another."""
+    """Plain attention, one block of queries after another, each with the keys it can see."""
     batch, time, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    rows = min(ROWS, time)
-    padded = _round_up(time, rows)
-
-    def blocks_first(x: jax.Array) -> jax.Array:  # [blocks, B, rows, ...]
-        return _pad(x, padded).reshape(batch, -1, rows, *x.shape[2:]).swapaxes(0, 1)
-
     grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
-    ids = None if segment_ids is None else blocks_first(segment_ids)
-    blocks = (jnp.arange(0, padded, rows), blocks_first(grouped), ids)
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # [B, kv_heads, group, T, head_dim]
     key = key.transpose(0, 2, 3, 1)  # [B, kv_heads, head_dim, T]: the score product is contiguous
     value = value.transpose(0, 2, 1, 3)  # [B, kv_heads, T, value_dim]
-    # Blocks of one span see the same keys and run in a loop, which alone keeps a compiler from
-    # computing them side by side. Several spans, so that keys ahead are mostly left out.
-    span = _round_up(-(-padded // SPANS), 2 * rows)
+    rows = max(ROWS, _round_up(-(-time // MOST_BLOCKS), ROWS))
     parts = []
-    for begin in range(0, padded, span):
-        first, last = max(0, begin - window + 1), min(begin + span, time)
-        attend_block: Any = functools.partial(
-            _xla_block,
-            key=key[..., first:last],
-            value=value[:, :, first:last],
-            segment_ids=None if segment_ids is None else segment_ids[:, first:last],
-            first=first,
-            window=window,
-            softcap=softcap,
-        )
+    for begin in range(0, time, rows):
+        end = min(begin + rows, time)
+        first = max(0, begin - window + 1)
+        block: Any = functools.partial(_xla_block, back=begin - first, window=window)
         # Scores are computed again for the gradient: no block outlives its turn.
-        attend_block = jax.checkpoint(attend_block, prevent_cse=False)
-        inside = slice(begin // rows, (begin + span) // rows)
-        parts.append(jax.lax.map(attend_block, jax.tree.map(lambda x, i=inside: x[i], blocks)))
-    out = jnp.concatenate(parts).swapaxes(0, 1)
-    return out.reshape(batch, padded, heads, value.shape[-1])[:, :time]
+        block = jax.checkpoint(functools.partial(block, softcap=softcap), prevent_cse=False)
+        ids = None
+        if segment_ids is not None:
+            ids = (segment_ids[:, begin:end], segment_ids[:, first:end])
+        parts.append(
+            block(grouped[..., begin:end, :], key[..., first:end], value[:, :, first:end], ids)
+        )
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
+    return out.astype(query.dtype)
 
 
 def _xla_block(
-    block: tuple[jax.Array, jax.Array, jax.Array | None],
-    *,
+    query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segment_ids: jax.Array | None,
-    first: int,
+    ids: tuple[jax.Array, jax.Array] | None,
+    *,
+    back: int,
     window: int,
     softcap: float | None,
 ) -> jax.Array:
-    """Attention of `[B, rows, kv_heads, group, head_dim]` queries to keys from `first` onwards."""
-    begin, query, query_ids = block
-    scores = jnp.einsum("bqkgd,bkds->bkgqs", query, key, preferred_element_type=jnp.float32)
+    """Attention of `[B, kv_heads, group, rows, head_dim]` queries, the first `back` keys in."""
+    scores = jnp.einsum("bkgqd,bkds->bkgqs", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    index = first + jnp.arange(key.shape[-1])
-    back = (begin + jnp.arange(query.shape[1]))[:, None] - index
-    seen = (back >= 0) & (back < window)
-    if query_ids is not None and segment_ids is not None:
-        seen = (seen & (query_ids[..., None] == segment_ids[:, None]))[:, None, None]
-    # Finite, because queries that pad the last block may see nothing.
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    behind = (back + jnp.arange(query.shape[3]))[:, None] - jnp.arange(key.shape[-1])
+    seen = (behind >= 0) & (behind < window)
+    if ids is not None:
+        seen = (seen & (ids[0][..., None] == ids[1][:, None]))[:, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)  # every query sees itself
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     mixed = jnp.einsum(
         "bkgqs,bksd->bkgqd",
@@ -216,8 +202,7 @@ def _xla_block(
         value,
         preferred_element_type=jnp.float32,
     )
-    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(query.dtype)
-    return mixed.transpose(0, 3, 1, 2, 4)
+    return mixed / weights.sum(axis=-1, keepdims=True)
 
 
 def _splash(

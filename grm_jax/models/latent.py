@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from grm_jax.models.attention import Bounds, Cache, KeysValues, Segment, attend, cached_attention
+from grm_jax.models.attention import Bounds, Cache, KeysValues, cached_attention
 from grm_jax.models.config import DecoderConfig
+from grm_jax.models.kernels import causal_attention
 from grm_jax.models.layers import Linear, RMSNorm, Weight
 from grm_jax.models.rope import rotate
 
@@ -59,8 +60,9 @@ class LatentAttention(nn.Module):
         else:
             absorbed = jnp.einsum("bthn,hnr->bthr", query[..., : m.nope_dim], to_key)
             absorbed = jnp.concatenate([absorbed, query[..., m.nope_dim :]], axis=-1)
+            windows = tuple(set(c.windows))
             mixed, new = cached_attention(
-                absorbed, key, None, bounds, cache, window, c.attention_softcap
+                absorbed, key, None, bounds, cache, window, windows, c.attention_softcap
             )
             mixed = jnp.einsum("bthr,hvr->bthv", mixed[..., : m.rank], to_value)
         mixed = nn.with_logical_constraint(mixed, ("batch", "length", "heads", "head_dim"))
@@ -91,6 +93,13 @@ class LatentAttention(nn.Module):
         keys = jnp.einsum("btr,hnr->bthn", latent, to_key)
         shared = jnp.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
-        values = jnp.einsum("btr,hvr->bhtv", latent, to_value)
-        current = Segment(keys.transpose(0, 2, 3, 1), values, bounds.start, bounds.length)
-        return attend(query, current, (), window, self.config.attention_softcap)
+        return causal_attention(
+            query,
+            keys,
+            jnp.einsum("btr,hvr->bthv", latent, to_value),
+            length=bounds.length,
+            window=window,
+            windows=tuple(set(self.config.windows)),
+            softcap=self.config.attention_softcap,
+            segment_ids=bounds.segment_ids,
+        )

