@@ -67,7 +67,7 @@ def make_inputs(case: Case, batch: int = 2, dtype: Any = np.float32) -> Inputs:
     )
 
 
-def dense(xp: ModuleType, case: Case, query: Any, key: Any, value: Any, rest: Inputs) -> Any:
+def dense(xp: ModuleType, case: Case, rest: Inputs, query: Any, key: Any, value: Any) -> Any:
     """The whole softmax at once, head by head, with numpy or jax.numpy."""
     group = case.heads // case.kv_heads
     index = np.arange(case.time)
@@ -90,7 +90,7 @@ def dense(xp: ModuleType, case: Case, query: Any, key: Any, value: Any, rest: In
 
 
 def run(
-    case: Case, query: Any, key: Any, value: Any, rest: Inputs, implementation: Any = "xla"
+    case: Case, rest: Inputs, query: Any, key: Any, value: Any, *, implementation: Any = "xla"
 ) -> jax.Array:
     return causal_attention(
         query,
@@ -126,9 +126,9 @@ def splash_is_slow(names: Iterable[str], fast: Sequence[str] = ()) -> list[Any]:
 def test_outputs_are_those_of_a_dense_softmax(name: str, implementation: Implementation) -> None:
     case = CASES[name]
     inputs = make_inputs(case)
-    out = run(case, *inputs[:3], inputs, implementation)
+    out = run(case, inputs, *inputs[:3], implementation=implementation)
     assert out.shape == (2, case.time, case.heads, case.value_dim)
-    np.testing.assert_allclose(out, dense(np, case, *inputs[:3], inputs), atol=2e-5)
+    np.testing.assert_allclose(out, dense(np, case, inputs, *inputs[:3]), atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,10 @@ def test_outputs_are_those_of_a_dense_softmax(name: str, implementation: Impleme
 def test_gradients_are_those_of_a_dense_softmax(name: str, implementation: Implementation) -> None:
     case = CASES[name]
     inputs = make_inputs(case)
-    wanted = gradients(lambda *qkv: dense(jnp, case, *qkv, inputs), *inputs[:3])
-    got = gradients(lambda *qkv: run(case, *qkv, inputs, implementation), *inputs[:3])
+    wanted = gradients(lambda *qkv: dense(jnp, case, inputs, *qkv), *inputs[:3])
+    got = gradients(
+        lambda *qkv: run(case, inputs, *qkv, implementation=implementation), *inputs[:3]
+    )
     for left, right in zip(got, wanted, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4)
 
@@ -149,18 +151,18 @@ def test_tokens_beyond_the_length_change_nothing() -> None:
     beyond = (np.arange(case.time) >= inputs.length[:, None])[..., None, None]
     assert beyond.any()
     altered = [np.where(beyond, np.float32(1e4), x) for x in inputs[:3]]
-    before = run(case, *inputs[:3], inputs)
-    np.testing.assert_array_equal(run(case, *altered, inputs), before)
+    before = run(case, inputs, *inputs[:3])
+    np.testing.assert_array_equal(run(case, inputs, *altered), before)
     assert not np.asarray(before)[np.broadcast_to(beyond, before.shape)].any()
 
 
 def test_half_precision_stays_close_and_keeps_its_type() -> None:
     case = Case(time=100, softcap=5.0)
     inputs = make_inputs(case, dtype=jnp.bfloat16)
-    out = run(case, *inputs[:3], inputs)
+    out = run(case, inputs, *inputs[:3])
     assert out.dtype == jnp.bfloat16
     wide = [x.astype(np.float32) for x in inputs[:3]]
-    np.testing.assert_allclose(out.astype(np.float32), dense(np, case, *wide, inputs), atol=0.03)
+    np.testing.assert_allclose(out.astype(np.float32), dense(np, case, inputs, *wide), atol=0.03)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
@@ -188,7 +190,7 @@ def test_layers_are_scanned_over_with_windows_as_data(implementation: Implementa
     wanted = inputs.query
     for window in windows:
         one = case._replace(window=window)
-        wanted = dense(np, one, wanted, inputs.key, inputs.value, inputs)
+        wanted = dense(np, one, inputs, wanted, inputs.key, inputs.value)
     np.testing.assert_allclose(layers(jnp.asarray(inputs.query)), wanted, atol=2e-5)
 
 
@@ -197,9 +199,9 @@ def test_a_further_axis_is_mapped_over(implementation: Implementation) -> None:
     case = Case(time=20, window=6)
     inputs = make_inputs(case)
     operands = [np.stack([x, 2 * x]) for x in inputs[:3]]
-    out = jax.vmap(lambda *qkv: run(case, *qkv, inputs, implementation))(*operands)
+    out = jax.vmap(lambda *qkv: run(case, inputs, *qkv, implementation=implementation))(*operands)
     for index in range(2):
-        wanted = dense(np, case, *(x[index] for x in operands), inputs)
+        wanted = dense(np, case, inputs, *(x[index] for x in operands))
         np.testing.assert_allclose(out[index], wanted, atol=2e-5)
 
 
@@ -220,13 +222,11 @@ def test_kernels_work_on_the_rows_and_heads_of_each_device(
     )
     case = Case(time=20, heads=heads, kv_heads=kv_heads, head_dim=8, value_dim=8, segments=True)
     inputs = make_inputs(case, batch=batch)
-    plain = gradients(lambda *qkv: run(case, *qkv, inputs), *inputs[:3])
+    plain = gradients(lambda *qkv: run(case, inputs, *qkv), *inputs[:3])
     with jax.set_mesh(mesh):
-        split = jax.jit(
-            lambda *qkv: gradients(
-                lambda *x: run(case, *x, inputs, "splash"), *qkv
-            )
-        )(*inputs[:3])
+        split = gradients(
+            lambda *qkv: run(case, inputs, *qkv, implementation="splash"), *inputs[:3]
+        )
     for left, right in zip(split, plain, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
 
@@ -254,7 +254,7 @@ def lowered(platform: str, dtype: Any = jnp.bfloat16, **options: Any) -> str:
     inputs = make_inputs(case, dtype=dtype)
 
     def both(*qkv: jax.Array) -> Any:
-        attend = functools.partial(run, case, rest=inputs, implementation=None)
+        attend = functools.partial(run, case, inputs, implementation=None)
         return attend(*qkv), gradients(attend, *qkv)
 
     return jax.jit(both).trace(*inputs[:3]).lower(lowering_platforms=(platform,)).as_text()
@@ -300,7 +300,7 @@ def test_asking_for_cudnn_where_there_is_none_gives_the_same_numbers() -> None:
     case = Case(time=20)
     inputs = make_inputs(case, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(
-        run(case, *inputs[:3], inputs, "cudnn"), run(case, *inputs[:3], inputs)
+        run(case, inputs, *inputs[:3], implementation="cudnn"), run(case, inputs, *inputs[:3])
     )
 
 
@@ -308,7 +308,7 @@ def test_an_unknown_implementation_is_named() -> None:
     case = Case(time=4)
     inputs = make_inputs(case)
     with pytest.raises(UsageError, match="'flash' does not exist"):
-        run(case, *inputs[:3], inputs, "flash")
+        run(case, inputs, *inputs[:3], implementation="flash")
 
 
 @pytest.mark.slow
