@@ -239,7 +239,7 @@ def test_keys_ahead_and_scores_for_the_gradient_are_left_out() -> None:
     rest = Inputs(*make_inputs(Case(time=1), batch=1)[:3], np.array([2048], np.int32), None)
 
     def loss(*qkv: jax.Array) -> jax.Array:
-        return run(case, *qkv, rest).sum()
+        return run(case, rest, *qkv).sum()
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key).compile()
     memory = compiled.memory_analysis()
