@@ -185,6 +185,7 @@ class GRM:
       params: The decoder's parameters.
       tokenizer: Its tokenizer.
       table: The tokenizer's vocabulary as the score automaton reads it.
+      mesh: The mesh that the parameters lie on; None for one device.
     """
 
     name: str
@@ -192,6 +193,7 @@ class GRM:
     params: Params
     tokenizer: Tokenizer
     table: grammar.TokenTable
+    mesh: jax.sharding.Mesh | None = None
 
     @classmethod
     def from_pretrained(
@@ -225,7 +227,12 @@ class GRM:
             raise UsageError(f"{name_or_path} is a classifier; a judge must write text")
         table = jax.device_put(grammar.token_table(tokenizer.token_bytes))
         return cls(
-            name=name_or_path, config=config, params=params, tokenizer=tokenizer, table=table
+            name=name_or_path,
+            config=config,
+            params=params,
+            tokenizer=tokenizer,
+            table=table,
+            mesh=mesh,
         )
 
     @functools.cached_property
@@ -317,6 +324,7 @@ class GRM:
                 low=template.low,
                 high=template.high,
             ),
+            mesh=self.mesh,
         )
         plan = functools.partial(
             self._plan, sampler, template=template, samples=samples, orders=orders, seed=seed

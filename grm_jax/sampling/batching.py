@@ -4,6 +4,7 @@ Everything between the prompt's tokens and the scores in input order happens on 
 receives tokens (for the critique) and scores together.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -151,6 +152,7 @@ class JudgeSampler:
       tokenizer: The model's tokenizer.
       table: Its vocabulary as the score automaton reads it.
       settings: How samples are drawn.
+      mesh: The mesh that the parameters lie on; None for one device.
     """
 
     params: Params
@@ -159,6 +161,7 @@ class JudgeSampler:
     tokenizer: Tokenizer
     table: grammar.TokenTable
     settings: SamplingSettings
+    mesh: jax.sharding.Mesh | None = None
 
     @property
     def _cpu(self) -> bool:
@@ -217,8 +220,10 @@ class JudgeSampler:
         began = time.perf_counter()
         shape = self.shape(jobs[0])
         rows = self.limit(shape)
-        prefix = self._prefill(jobs, shape, rows)
-        out, scores, valid = jax.device_get(self._decode(jobs, shape, rows, prefix))
+        # Kernels that the partitioner cannot look into split their work by the mesh that is set.
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            prefix = self._prefill(jobs, shape, rows)
+            out, scores, valid = jax.device_get(self._decode(jobs, shape, rows, prefix))
         seconds = time.perf_counter() - began
         total = sum(len(job.keys) for job in jobs)
         return [
