@@ -15,8 +15,9 @@ Letters for shapes, everywhere in this package:
 - `L` layers, `D` width, `H` heads, `V` vocabulary, `W` symbols of a token.
 """
 
+from grm_jax.data import Judgement, Sample
 from grm_jax.errors import UsageError
-from grm_jax.judge import GRM, Judgement, Sample
+from grm_jax.judge import GRM
 from grm_jax.version import __version__
 
 __all__ = ["GRM", "Judgement", "Sample", "UsageError", "__version__"]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from grm_jax import checkpoints, grammar
-from grm_jax.data import BadRecord, Comparison, from_record
+from grm_jax.data import BadRecord, Comparison, Judgement, Sample, from_record
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, merge_lora
 from grm_jax.prompts import (
@@ -25,8 +25,8 @@ from grm_jax.prompts import (
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
-from grm_jax.rewards import rank, tied_for_best, vote
-from grm_jax.sampling import power_of_two, response_orders, run_in_order
+from grm_jax.rewards import guided_vote, rank, tied_for_best
+from grm_jax.sampling import MetaModel, power_of_two, response_orders, run_in_order
 from grm_jax.sampling.batching import (
     JudgeSampler,
     PromptJob,
@@ -41,106 +41,11 @@ DEFAULT_TEMPLATE = "compact"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One sampled judgement.
-
-    Attributes:
-      order: Input indices of the responses in the order in which this sample saw them.
-      scores: One score a response, in input order; None if unreadable.
-      meta: The meta reward model's reward; None without one.
-      text: What the model wrote; it speaks of the responses in its own order.
-      finish: `"stop"` if the model ended its turn, `"length"` if its tokens ran out.
-    """
-
-    order: tuple[int, ...]
-    scores: tuple[int, ...] | None
-    meta: float | None
-    text: str
-    finish: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """The vote on one comparison, or why there is none.
-
-    Attributes:
-      id: The record's name.
-      scores: The vote: the sum over readable samples, one number a response, in input order (eq 14,
-        arXiv:2504.02495). None if the record could not be judged.
-      ranking: Indices of the responses, best first; ties are broken at random from the seed.
-      best: The first of them.
-      tied: Indices of all responses with the top score.
-      valid_samples: How many samples had readable scores.
-      samples: The samples.
-      prompt_tokens: Tokens of the distinct prompts; each is read once for all its samples.
-      completion_tokens: Tokens sampled.
-      seconds: Wall time, shared among what ran together.
-      error: One line saying why the record could not be judged; None if it was.
-    """
-
-    id: str
-    scores: tuple[int, ...] | None = None
-    ranking: tuple[int, ...] = ()
-    best: int | None = None
-    tied: tuple[int, ...] = ()
-    valid_samples: int = 0
-    samples: tuple[Sample, ...] = ()
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-    error: str | None = None
-
-    def winning_sample(self) -> Sample | None:
-        """The readable sample that most prefers the winner, in points; the first of equals."""
-        if self.best is None:
-            return None
-        best = self.best
-
-        def margin(sample: Sample) -> float:
-            scores = sample.scores or ()
-            rest = [score for index, score in enumerate(scores) if index != best]
-            return scores[best] - max(rest) if rest else scores[best]
-
-        return max((s for s in self.samples if s.scores is not None), key=margin)
-
-    def to_record(self) -> dict[str, Any]:
-        """The judgement as a JSON-ready object; `error` takes the place of the vote."""
-        outcome: dict[str, Any] = {"error": self.error}
-        if self.error is None:
-            outcome = {
-                "scores": list(self.scores or ()),
-                "ranking": list(self.ranking),
-                "best": self.best,
-                "tied": list(self.tied),
-            }
-        return {
-            "id": self.id,
-            **outcome,
-            "valid_samples": self.valid_samples,
-            "samples": [
-                {
-                    "order": list(sample.order),
-                    "scores": None if sample.scores is None else list(sample.scores),
-                    "meta": sample.meta,
-                    "text": sample.text,
-                    "finish": sample.finish,
-                }
-                for sample in self.samples
-            ],
-            "usage": {
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-                "seconds": round(self.seconds, 3),
-            },
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """A record on its way through the sampler: its jobs, or what is wrong with it."""
 
     id: str
-    num_responses: int = 0
+    comparison: Comparison | None = None
     jobs: tuple[PromptJob, ...] = ()
     # For each job, which samples it draws.
     places: tuple[tuple[int, ...], ...] = ()
@@ -171,7 +76,7 @@ def load_model(
         tokenizer = tokenizer_from_folder(opened.path, vocab_size=opened.config.vocab_size)
     config, params = checkpoints.load(opened, dtype, mesh)
     if adapter is not None:
-        config, params = merge_lora(*checkpoints.load_adapter(adapter, config, params))
+        config, params = merge_lora(*checkpoints.load_adapter(adapter, config, params, mesh))
     return config, params, tokenizer
 
 
@@ -216,11 +121,11 @@ class GRM:
         Raises:
           UsageError: If there is no such model, or its files cannot be read.
         """
-        if dtype is None:
-            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         opened = checkpoints.open_checkpoint(name_or_path)
         folder = None if adapter is None else Path(adapter)
-        config, params, tokenizer = load_model(opened, adapter=folder, dtype=dtype, mesh=mesh)
+        config, params, tokenizer = load_model(
+            opened, adapter=folder, dtype=_dtype(dtype), mesh=mesh
+        )
         if config.lora is not None:
             config, params = merge_lora(config, params)
         if config.num_labels:
@@ -232,6 +137,39 @@ class GRM:
             params=params,
             tokenizer=tokenizer,
             table=table,
+            mesh=mesh,
+        )
+
+    @classmethod
+    def meta_model(
+        cls,
+        name_or_path: str,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        dtype: DTypeLike | None = None,
+        template: str | Template = "meta",
+    ) -> MetaModel:
+        """Loads a meta reward model, for `judge_batch`.
+
+        Args:
+          name_or_path: Of a sequence classifier of one output, as in `from_pretrained`.
+          mesh: As in `from_pretrained`.
+          dtype: As in `from_pretrained`.
+          template: How it is shown what was judged.
+
+        Raises:
+          UsageError: If there is no such model, its files cannot be read, or it is no classifier.
+        """
+        opened = checkpoints.open_checkpoint(name_or_path)
+        config, params, tokenizer = load_model(opened, dtype=_dtype(dtype), mesh=mesh)
+        if not isinstance(template, Template):
+            template = load_template(template)
+        return MetaModel(
+            name=name_or_path,
+            config=config,
+            params=params,
+            tokenizer=tokenizer,
+            template=template,
             mesh=mesh,
         )
 
@@ -274,6 +212,8 @@ class GRM:
         constrain: bool = False,
         orders: str = "shuffle",
         template: str | Template = DEFAULT_TEMPLATE,
+        meta_model: MetaModel | None = None,
+        k_meta: int | None = None,
         seed: int = 0,
     ) -> Iterator[Judgement]:
         """Judges many comparisons, in order, reading only a little ahead.
@@ -293,6 +233,8 @@ class GRM:
           orders: How responses are ordered from sample to sample: `"shuffle"`, `"balanced"` or
             `"fixed"`.
           template: A built-in template, a file, or a loaded template.
+          meta_model: Says which samples to trust, so that only those vote; all do if None.
+          k_meta: How many vote; half of the samples if None.
           seed: Of the samples, their orders and the breaking of ties.
 
         Yields:
@@ -305,6 +247,12 @@ class GRM:
             raise UsageError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if samples < 1:
             raise UsageError(f"samples is {samples}; it must be 1 or more")
+        if k_meta is None:
+            k_meta = max(1, samples // 2)
+        elif meta_model is None:
+            raise UsageError("k_meta says how many samples a meta model chooses; name the model")
+        if not 1 <= k_meta <= samples:
+            raise UsageError(f"k_meta is {k_meta}; it must be from 1 to samples, {samples}")
         if orders not in ORDER_POLICIES:
             raise UsageError(f"orders is {orders!r}; it must be one of {', '.join(ORDER_POLICIES)}")
         if not isinstance(template, Template):
@@ -336,7 +284,11 @@ class GRM:
             limit=sampler.limit,
             run=sampler.run,
         )
-        return (self._judgement(record, results, samples, seed) for record, results in finished)
+        voters = samples if meta_model is None else k_meta
+        return (
+            self._judgement(record, results, samples, seed, meta_model, voters)
+            for record, results in finished
+        )
 
     def _plan(
         self,
@@ -386,14 +338,22 @@ class GRM:
                     chosen.append(tuple(part))
         except UsageError as error:
             return _Plan(id=comparison.id, error=str(error))
-        return _Plan(id=comparison.id, num_responses=count, jobs=tuple(jobs), places=tuple(chosen))
+        return _Plan(
+            id=comparison.id, comparison=comparison, jobs=tuple(jobs), places=tuple(chosen)
+        )
 
     def _judgement(
-        self, record: _Plan, results: Sequence[PromptResult], samples: int, seed: int
+        self,
+        record: _Plan,
+        results: Sequence[PromptResult],
+        samples: int,
+        seed: int,
+        meta_model: MetaModel | None,
+        voters: int,
     ) -> Judgement:
-        if record.error is not None:
+        if record.error is not None or record.comparison is None:
             return Judgement(id=record.id, error=record.error)
-        count = record.num_responses
+        count = len(record.comparison.responses)
         rows = np.zeros((power_of_two(samples), power_of_two(count)), np.float32)
         valid = np.zeros(len(rows), bool)
         drawn: dict[int, Sample] = {}
@@ -409,8 +369,17 @@ class GRM:
                     text=self.tokenizer.decode(result.tokens[index].tolist()),
                     finish="stop" if result.stopped[index] else "length",
                 )
+        meta = np.zeros(len(rows), np.float32)
+        if meta_model is not None:
+            try:
+                found = _meta_rewards(meta_model, record.comparison, drawn)
+            except UsageError as error:
+                return Judgement(id=record.id, error=str(error))
+            for place, value in found.items():
+                meta[place] = value
+                drawn[place] = replace(drawn[place], meta=round(float(value), 4))
         totals, ranking, tied = jax.device_get(
-            _vote(rows, valid, count, _record_key(seed, record.id))
+            _vote(rows, valid, meta, voters, count, _record_key(seed, record.id))
         )
         readable = int(valid.sum())
         prompts = {job.order: len(job.tokens) for job in record.jobs}
@@ -439,10 +408,34 @@ class GRM:
 
 @jax.jit
 def _vote(
-    scores: jax.Array, valid: jax.Array, num_responses: jax.Array, key: jax.Array
+    scores: jax.Array,
+    valid: jax.Array,
+    meta: jax.Array,
+    voters: jax.Array,
+    num_responses: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    totals = vote(scores, valid)
+    totals = guided_vote(scores, valid, meta, voters)
     return totals, rank(totals, num_responses, key), tied_for_best(totals, num_responses)
+
+
+def _meta_rewards(
+    model: MetaModel, comparison: Comparison, drawn: Mapping[int, Sample]
+) -> dict[int, float]:
+    """The meta reward of each sample of a record, by the sample's number."""
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
+    read = [
+        model.tokens(messages, [comparison.responses[i] for i in sample.order], sample.text)
+        for sample in drawn.values()
+    ]
+    return dict(zip(drawn, model.rewards(read).tolist(), strict=True))
+
+
+def _dtype(dtype: DTypeLike | None) -> DTypeLike:
+    """The type asked for: by default float32 on CPUs, else bfloat16."""
+    if dtype is not None:
+        return dtype
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def _record_key(seed: int, record_id: str) -> jax.Array:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from grm_jax import GRM, Judgement
 from grm_jax import judge as judge_module
 from grm_jax.data import BadRecord, Comparison, from_record, read_comparisons
 from grm_jax.data.comparison import examples_path
 from grm_jax.errors import UsageError
-from grm_jax.judge import GRM, Judgement
 from grm_jax.prompts import encode_chat, load_template, parse_scores, render
 
 SETTINGS = {"samples": 4, "max_new_tokens": 40, "constrain": True}

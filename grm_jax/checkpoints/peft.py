@@ -18,8 +18,9 @@ from grm_jax.checkpoints.safetensors import (
     write_json,
 )
 from grm_jax.checkpoints.weights import Piece, check_pieces, piece_of, pieces, read_params
+from grm_jax.distributed import tree_shardings
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Lora, Params
+from grm_jax.models import DecoderConfig, Lora, Params, abstract_params, param_axes
 from grm_jax.models.lora import FUSED, join_lora, lora_targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,7 +115,10 @@ def save_adapter(
 
 
 def load_adapter(
-    folder: Path, config: DecoderConfig, params: Params, shardings: Params | None = None
+    folder: Path,
+    config: DecoderConfig,
+    params: Params,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """Reads a PEFT folder's adapters to stand beside a base model's kernels.
 
@@ -122,7 +126,7 @@ def load_adapter(
       folder: With `adapter_config.json` and `adapter_model.safetensors`.
       config: The base model's.
       params: Its parameters; they are shared, not copied.
-      shardings: For the parameters of the decoder with adapters; the default device if None.
+      mesh: Where to place the adapters; the default device if None.
 
     Returns:
       The configuration and parameters with adapters, which are float32.
@@ -165,6 +169,9 @@ def load_adapter(
         source=folder,
         family=config.family,
     )
+    shardings = None
+    if mesh is not None:
+        shardings = tree_shardings(param_axes(adapted), mesh, abstract_params(adapted))
     adapters = read_params(
         adapted, wanted, lambda name: read_tensor(tensors, name), jnp.float32, shardings
     )

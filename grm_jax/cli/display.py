@@ -7,8 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grm_jax.data import Comparison
-from grm_jax.judge import Judgement
+from grm_jax.data import Comparison, Judgement
 
 _SHOWN_CHARACTERS = 160
 

@@ -11,16 +11,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grm_jax.cli.display import show_judgement
-from grm_jax.data import BadRecord, Comparison, LineWriter, read_comparisons, to_line
+from grm_jax.data import (
+    BadRecord,
+    Comparison,
+    Judgement,
+    LineWriter,
+    read_comparisons,
+    to_line,
+)
 from grm_jax.errors import UsageError
-from grm_jax.judge import DEFAULT_TEMPLATE, GRM, Judgement
+from grm_jax.judge import DEFAULT_TEMPLATE, GRM
 from grm_jax.sampling import ORDER_POLICIES
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which model judges and how it is sampled."""
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="a built-in name, a GGUF file or a folder")
+    add(
+        "--model",
+        default="smollm2-135m",
+        help="a built-in name, hf:owner/name, a folder or a GGUF file",
+    )
+    add("--adapter", metavar="FOLDER", help="a PEFT folder with LoRA adapters for the model")
     add("--samples", type=int, default=8, metavar="K", help="judgements a record (default 8)")
     add("--temperature", type=float, default=0.5, metavar="T", help="0 is greedy (default 0.5)")
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass (default 1, all)")
@@ -35,6 +47,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="make samples follow the layout of a judgement, so that all are readable",
     )
+    add("--meta-model", metavar="NAME", help="a classifier that chooses which samples vote")
+    add("--k-meta", type=int, metavar="N", help="how many it chooses (default half of K)")
     add("--template", default=DEFAULT_TEMPLATE, help="a built-in prompt template or a file")
     add("--seed", type=int, default=0, help="of samples, orders and ties (default 0)")
 
@@ -50,6 +64,8 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         "orders": args.orders,
         "constrain": args.constrain,
         "template": args.template,
+        "meta_model": args.meta_model,
+        "k_meta": args.k_meta,
         "seed": args.seed,
     }
 
@@ -72,15 +88,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> bool:
     """Judges the file; returns whether every record could be judged."""
-    settings = sampling_settings(args)
+    named = sampling_settings(args)
     records = read_comparisons(args.file)
     total = None if args.file == "-" else sum(1 for _ in read_comparisons(args.file))
     if args.output is None:
-        grm = GRM.from_pretrained(args.model)
+        grm, settings = _load(args)
         return _to_screen(grm, records, total, settings)
-    with LineWriter.open(args.output, {"model": args.model, **settings}) as writer:
+    source = {"model": args.model, "adapter": args.adapter}
+    with LineWriter.open(args.output, source | named) as writer:
         rest = _skip_done(records, writer.done, args.output)
-        grm = GRM.from_pretrained(args.model)
+        grm, settings = _load(args)
         failed = writer.failed
         shown = _with_progress(grm.judge_batch(rest, **settings), total, len(writer.done))
         for judgement in shown:
@@ -90,6 +107,13 @@ def run(args: argparse.Namespace) -> bool:
             writer.write(record)
             failed += judgement.error is not None
     return failed == 0
+
+
+def _load(args: argparse.Namespace) -> tuple[GRM, dict[str, Any]]:
+    """The judge, and the settings with what they name loaded."""
+    grm = GRM.from_pretrained(args.model, adapter=args.adapter)
+    meta = None if args.meta_model is None else GRM.meta_model(args.meta_model)
+    return grm, sampling_settings(args) | {"meta_model": meta}
 
 
 def _to_screen(

@@ -1,4 +1,4 @@
-"""Comparisons: the record everything is made of, and its reading and writing.
+"""Comparisons, the record everything is made of, and judgements of them.
 
 What training needs beside is imported by its own name, as it takes large libraries along:
 `grm_jax.data.builders` (TFDS datasets), `grm_jax.data.pipeline` (batches that can be resumed) and
@@ -19,16 +19,19 @@ from grm_jax.data.comparison import (
     read_comparisons,
     to_record,
 )
+from grm_jax.data.judgement import Judgement, Sample
 from grm_jax.data.output import LineWriter, provenance, to_line
 
 __all__ = [
     "BadRecord",
     "BestLabel",
     "Comparison",
+    "Judgement",
     "Label",
     "LineWriter",
     "Message",
     "PointwiseLabel",
+    "Sample",
     "ScoresLabel",
     "best_index",
     "examples_path",

@@ -1,6 +1,7 @@
 """Sampling judgements: orders, batches, the layout constraint and the decoding loop."""
 
 from grm_jax.sampling.layout import Layout, judgement_layout
+from grm_jax.sampling.meta import MetaModel
 from grm_jax.sampling.orders import ORDER_POLICIES, response_orders
 from grm_jax.sampling.sampler import (
     Controls,
@@ -18,6 +19,7 @@ __all__ = [
     "ORDER_POLICIES",
     "Controls",
     "Layout",
+    "MetaModel",
     "Rollouts",
     "bucket",
     "decode",
