@@ -231,6 +231,7 @@ def test_kernels_work_on_the_rows_and_heads_of_each_device(
         np.testing.assert_allclose(left, right, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_a_long_sequence_are_never_held_together() -> None:
     case = Case(time=2048, heads=2, kv_heads=1)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
