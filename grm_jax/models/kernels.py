@@ -31,7 +31,8 @@ ROWS = 512
 """Queries that plain attention scores at once: bounds memory and leaves out keys that lie ahead."""
 
 MOST_BLOCKS = 16
-"""Blocks of queries into which plain attention cuts a sequence at most; each is compiled anew."""
+"""Blocks of queries that plain attention writes out, each with the keys it can see; a longer
+sequence runs in a loop."""
 
 BLOCK = 512
 """Queries, and keys, that splash attention scores at once in a long sequence."""
@@ -157,21 +158,38 @@ def _xla(
     grouped = grouped.transpose(0, 2, 3, 1, 4)  # [B, kv_heads, group, T, head_dim]
     key = key.transpose(0, 2, 3, 1)  # [B, kv_heads, head_dim, T]: the score product is contiguous
     value = value.transpose(0, 2, 1, 3)  # [B, kv_heads, T, value_dim]
-    rows = max(ROWS, _round_up(-(-time // MOST_BLOCKS), ROWS))
-    parts = []
-    for begin in range(0, time, rows):
-        end = min(begin + rows, time)
+    # Scores are computed again for the gradient.
+    block: Any = jax.checkpoint(
+        functools.partial(_xla_block, window=window, softcap=softcap), prevent_cse=False
+    )
+
+    def attend(begin: int, end: int) -> jax.Array:
+        """Queries from `begin` to `end` to the keys that they can see."""
         first = max(0, begin - window + 1)
-        block: Any = functools.partial(_xla_block, back=begin - first, window=window)
-        # Scores are computed again for the gradient: no block outlives its turn.
-        block = jax.checkpoint(functools.partial(block, softcap=softcap), prevent_cse=False)
         ids = None
         if segment_ids is not None:
             ids = (segment_ids[:, begin:end], segment_ids[:, first:end])
-        parts.append(
-            block(grouped[..., begin:end, :], key[..., first:end], value[:, :, first:end], ids)
-        )
-    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+        keys, values = key[..., first:end], value[:, :, first:end]
+        return block(grouped[..., begin:end, :], keys, values, ids, begin - first)
+
+    if time <= ROWS * MOST_BLOCKS:
+        parts = [attend(begin, min(begin + ROWS, time)) for begin in range(0, time, ROWS)]
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+    else:
+        # Compilers may compute the blocks above side by side; in a loop they cannot. It costs the
+        # products with keys that lie ahead.
+        padded = _round_up(time, ROWS)
+        wide = jnp.pad(grouped, [(0, 0)] * 3 + [(0, padded - time), (0, 0)])
+        query_ids = None if segment_ids is None else _pad(segment_ids, padded)
+
+        def one(begin: jax.Array) -> jax.Array:
+            ids = None
+            if query_ids is not None:
+                ids = (jax.lax.dynamic_slice_in_dim(query_ids, begin, ROWS, 1), segment_ids)
+            return block(jax.lax.dynamic_slice_in_dim(wide, begin, ROWS, 3), key, value, ids, begin)
+
+        looped = jax.lax.map(one, jnp.arange(0, padded, ROWS))
+        out = jnp.moveaxis(looped, 0, 3).reshape(*grouped.shape[:3], padded, -1)[..., :time, :]
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
     return out.astype(query.dtype)
 
@@ -181,12 +199,12 @@ def _xla_block(
     key: jax.Array,
     value: jax.Array,
     ids: tuple[jax.Array, jax.Array] | None,
+    back: jax.Array | int,
     *,
-    back: int,
     window: int,
     softcap: float | None,
 ) -> jax.Array:
-    """Attention of `[B, kv_heads, group, rows, head_dim]` queries, the first `back` keys in."""
+    """Attention of `[B, kv_heads, group, rows, head_dim]` queries, the first of them at `back`."""
     scores = jnp.einsum("bkgqd,bkds->bkgqs", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -194,7 +212,8 @@ def _xla_block(
     seen = (behind >= 0) & (behind < window)
     if ids is not None:
         seen = (seen & (ids[0][..., None] == ids[1][:, None]))[:, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)  # every query sees itself
+    # Finite, because queries that pad the last block may see nothing.
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     mixed = jnp.einsum(
         "bkgqs,bksd->bkgqd",

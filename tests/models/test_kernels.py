@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grm_jax.errors import UsageError
+from grm_jax.models import kernels
 from grm_jax.models.kernels import Implementation, causal_attention
 
 EVERYTHING = 2**30
@@ -142,6 +143,26 @@ def test_gradients_are_those_of_a_dense_softmax(name: str, implementation: Imple
         lambda *qkv: run(case, inputs, *qkv, implementation=implementation), *inputs[:3]
     )
     for left, right in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["window inside a block", "everything"])
+def test_long_sequences_run_in_a_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    inputs = make_inputs(case)
+    monkeypatch.setattr(kernels, "ROWS", 64)
+    monkeypatch.setattr(kernels, "MOST_BLOCKS", 2)
+    causal_attention.clear_cache()
+    try:
+        traced = str(jax.make_jaxpr(functools.partial(run, case, inputs))(*inputs[:3]))
+        assert "while" in traced or "scan" in traced
+        out = run(case, inputs, *inputs[:3])
+        found = gradients(lambda *qkv: run(case, inputs, *qkv), *inputs[:3])
+    finally:
+        causal_attention.clear_cache()
+    np.testing.assert_allclose(out, dense(np, case, inputs, *inputs[:3]), atol=2e-5)
+    wanted = gradients(lambda *qkv: dense(jnp, case, inputs, *qkv), *inputs[:3])
+    for left, right in zip(found, wanted, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4)
 
 
