@@ -164,8 +164,14 @@ class Decoder(nn.Module):
         """Logits `f32[..., V]` of hidden states `[..., D]`."""
         c = self.config
         matrix = self.embedding if c.tie_embeddings else self.head
-        logits = product(hidden, matrix.astype(hidden.dtype), weights_first=c.weights_first)
-        logits = soft_cap(logits.astype(jnp.float32), c.logit_softcap)
+        # Summed in float32, as a learner's log-probabilities are.
+        logits = product(
+            hidden,
+            matrix.astype(hidden.dtype),
+            weights_first=c.weights_first,
+            dtype=jnp.float32,
+        )
+        logits = soft_cap(logits, c.logit_softcap)
         names = ("batch", "length", "vocab")[-logits.ndim :]
         return nn.with_logical_constraint(logits, names)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from grm_jax.models.config import DecoderConfig
 from grm_jax.models.quantization import code_shape, dequantise, scale_shape
@@ -57,16 +58,19 @@ def stored_kernel(
     return dequantise(config.quantization, codes, scales).astype(config.dtype)
 
 
-def product(x: jax.Array, kernel: jax.Array, *, weights_first: bool) -> jax.Array:
-    """`x [..., i]` times `kernel [o, i]`: `[..., o]`.
+def product(
+    x: jax.Array, kernel: jax.Array, *, weights_first: bool, dtype: DTypeLike | None = None
+) -> jax.Array:
+    """`x [..., i]` times `kernel [o, i]`: `[..., o]`, of the operands' type unless one is given.
 
     With `weights_first` the compiler sees the product as kernel times x, which on CPUs is the fast
     order while x has few rows; the barrier keeps it from turning the order round again.
     """
     if not weights_first:
-        return jnp.einsum("...i,oi->...o", x, kernel)
+        return jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=dtype)
     rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.optimization_barrier(jnp.einsum("oi,ri->or", kernel, rows))
+    out = jnp.einsum("oi,ri->or", kernel, rows, preferred_element_type=dtype)
+    out = jax.lax.optimization_barrier(out)
     return out.T.reshape(*x.shape[:-1], -1)
 
 

@@ -286,7 +286,8 @@ def _sample(
         free, candidates, open_ = edges
         few = jnp.where(open_, scaled[candidates], -jnp.inf)
         place, log_few = _draw(key, few, greedy=greedy)
-        token = jnp.where(free, token, candidates[place])
+        # A sample that has ended has no edge left; what it goes on with must still be a token.
+        token = jnp.where(free, token, jnp.maximum(candidates[place], 0))
         log_kept = jnp.where(free, log_kept, log_few)
     chosen = scaled[token]
     sampled = jnp.zeros_like(chosen) if greedy else chosen - log_kept

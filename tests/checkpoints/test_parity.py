@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from grm_jax import checkpoints
 from grm_jax.models import DecoderConfig, Params, Segment, forward, forward_parallel, unembed
 from grm_jax.prompts import tokenizer_from_gguf
+from tests.models.caches import appended, empty_own
 
 LOGPROB_LIMIT = 2e-3
 """Both sum thousands of float32 products a layer, in orders of their own."""
@@ -143,21 +144,11 @@ def test_decoding_with_a_cache_equals_one_pass(model: Model, name: str) -> None:
     np.testing.assert_allclose(logprobs(model, piece[0]), wanted, atol=1e-4)
 
     step = jax.jit(forward_parallel, static_argnums=1)
-    c = model.config
-    shape = (c.num_layers, 1, 1, c.num_kv_heads)
-    own = Segment(
-        jnp.zeros((*shape, c.head_dim, CACHED)),
-        jnp.zeros((*shape, CACHED, c.head_dim)),
-        jnp.full((1, 1), cut, jnp.int32),
-        jnp.zeros((1, 1), jnp.int32),
-    )
+    own = empty_own(model.config, jnp.asarray([cut], jnp.int32), 1, CACHED)
     states = []
     for index, token in enumerate(tokens[cut:]):
-        state, (key, value) = step(model.params, c, jnp.asarray([[token]]), past=(prefix,), own=own)
-        own = own._replace(
-            keys=own.keys.at[..., index].set(key),
-            values=own.values.at[..., index, :].set(value),
-            length=own.length + 1,
-        )
+        here = jnp.asarray([[token]])
+        state, new = step(model.params, model.config, here, past=(prefix,), own=own)
+        own = appended(own, new, index)
         states.append(state[0, 0])
     np.testing.assert_allclose(logprobs(model, jnp.stack(states)), wanted, atol=1e-4)

@@ -29,7 +29,6 @@ from grm_jax.models import (
     FAMILIES,
     DecoderConfig,
     Params,
-    Segment,
     abstract_params,
     family_config,
     forward,
@@ -38,6 +37,7 @@ from grm_jax.models import (
     unembed,
 )
 from tests.checkpoints import hub
+from tests.models.caches import appended, empty_own
 
 LENGTHS = (24, 19, 11, 1)
 TIME = 24
@@ -100,27 +100,12 @@ def test_cached_decoding(family: Any) -> None:
     steps = 8
     prefill, step_ = run(forward), run(forward_parallel)
     _, prefix = prefill(params, config, tokens()[:rows, :PREFILL], length=prompts)
-    heads, key, value = config.cache_heads
-    shapes = [(*lead, rows, 2, heads) for lead in config.cache_leads]
-    own = Segment(
-        tuple(jnp.zeros((*shape, key, steps)) for shape in shapes),
-        tuple(None if value is None else jnp.zeros((*shape, steps, value)) for shape in shapes),
-        jnp.tile(prompts[:, None], (1, 2)),
-        jnp.zeros((rows, 2), jnp.int32),
-    )
+    own = empty_own(config, jnp.asarray(prompts), 2, steps)
     for step in range(steps):
         at = prompts + step
         here = np.tile(tokens()[np.arange(rows), at][:, None], (1, 2))
         hidden, new = step_(params, config, here, past=(prefix,), own=own)
-        own = own._replace(
-            keys=jax.tree.map(lambda room, k: room.at[..., step].set(k), own.keys, new[0]),  # noqa: B023
-            values=jax.tree.map(
-                lambda room, v: room.at[..., step, :].set(v),  # noqa: B023
-                own.values,
-                new[1],
-            ),
-            length=own.length + 1,
-        )
+        own = appended(own, new, step)
         found = jax.nn.log_softmax(unembed(params, config, hidden))
         for row in range(rows):
             for sample in range(2):

@@ -20,7 +20,6 @@ from grm_jax.models import (
     DecoderConfig,
     Params,
     Rope,
-    Segment,
     abstract_params,
     attention,
     cpu_decoder,
@@ -36,6 +35,7 @@ from grm_jax.models import (
     unembed,
 )
 from grm_jax.models.config import GLOBAL_WINDOW
+from tests.models.caches import appended, empty_own
 
 VOCAB, WIDTH, TIME = 64, 32, 24
 LENGTHS = (24, 19)
@@ -242,26 +242,6 @@ def test_pieces_with_a_cache_equal_one_pass(model: Model) -> None:
     for row, length in enumerate(LENGTHS):
         joined = logprobs(model, jnp.asarray(np.concatenate(found[row])))
         np.testing.assert_allclose(joined, wanted[row, :length], atol=1e-4)
-
-
-def empty_own(config: DecoderConfig, start: jax.Array, samples: int, capacity: int) -> Segment:
-    heads, key, value = config.cache_heads
-    shapes = [(*lead, len(start), samples, heads) for lead in config.cache_leads]
-    return Segment(
-        tuple(jnp.zeros((*shape, key, capacity)) for shape in shapes),
-        tuple(None if value is None else jnp.zeros((*shape, capacity, value)) for shape in shapes),
-        jnp.tile(start[:, None], (1, samples)),
-        jnp.zeros((len(start), samples), jnp.int32),
-    )
-
-
-def appended(own: Segment, new: Any, step: int) -> Segment:
-    """The samples' segment with the keys and values of one more token."""
-    return own._replace(
-        keys=jax.tree.map(lambda room, key: room.at[..., step].set(key), own.keys, new[0]),
-        values=jax.tree.map(lambda room, v: room.at[..., step, :].set(v), own.values, new[1]),
-        length=own.length + 1,
-    )
 
 
 def test_parallel_samples_equal_one_pass_each(model: Model) -> None:

@@ -44,13 +44,15 @@ def sample(
     prompts: Sequence[bytes] = PROMPTS[:1],
     *,
     layout: Layout | None = None,
+    layouts: Sequence[Layout] = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int = CAPACITY,
     on_cpu: bool = False,
     **static: Any,
 ) -> Rollouts:
-    """Decodes with prompts padded to 24 tokens; keys are `[B, K]`."""
+    """Decodes with prompts padded to 24 tokens; keys are `[B, K]`, layouts one or B."""
+    layouts = layouts if layout is None else [layout]
     tokens = np.zeros((len(prompts), 24), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt) - 1] = list(prompt[:-1])
@@ -71,8 +73,8 @@ def sample(
         np.asarray([prompt[-1] for prompt in prompts], np.int32),
         keys,
         Controls(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(max_new_tokens)),
-        None if layout is None else jax.tree.map(lambda leaf: leaf[None], layout),
-        None if layout is None else np.arange(258) < 256,
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layouts) if layouts else None,
+        np.arange(258) < 256 if layouts else None,
         **{
             # All are always passed: one left out is another program to the compiler's cache.
             "eos_ids": ENDS,
@@ -247,6 +249,23 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing(tiny_grm: GRM) -> 
         assert (alone.length[0] == together.length[row]).all()
         np.testing.assert_allclose(alone.logprobs[0], together.logprobs[row], atol=1e-5)
     assert (together.tokens[0] != together.tokens[1]).any()
+
+
+def test_samples_that_have_ended_leave_the_others_alone(tiny_grm: GRM) -> None:
+    """Under a layout, too, where an ended sample has nothing left that it may write."""
+    long, short = (
+        judgement_layout(tiny_grm.tokenizer, count=2, max_new_tokens=size) for size in (96, 60)
+    )
+    settings: dict[str, Any] = {"max_new_tokens": 96, "capacity": 96, "eos_ids": (EOS,)}
+    keys = jnp.stack([keys_of(9, 4), keys_of(10, 4)])
+    together = sample(tiny_grm, keys, PROMPTS, layouts=[long, short], **settings)
+    assert together.length[0].min() > together.length[1].max() + 20
+    # Beside others that end when it does.
+    alike = sample(tiny_grm, keys, PROMPTS, layouts=[long, long], **settings)
+    for row in range(4):
+        length = alike.length[0, row]
+        assert length == together.length[0, row]
+        assert (alike.tokens[0, row, :length] == together.tokens[0, row, :length]).all()
 
 
 def test_a_sample_follows_its_key_whatever_samples_are_beside_it(tiny_grm: GRM) -> None:

@@ -61,13 +61,11 @@ def chunked(**settings):
 @pytest.mark.parametrize(
     ("vocab", "chunk", "shards", "softcap"),
     [
-        (96, 96, 1, None),
         (96, 32, 1, 3.0),  # divides
         (96, 36, 1, None),  # a rest of 24
-        (97, 7, 1, 3.0),  # odd everything
-        (97, 96, 1, None),  # a rest of one token
+        (97, 8, 1, None),  # a rest of one token
+        (97, 7, 1, None),  # odd everything
         (97, 1000, 1, None),  # more than there is
-        (97, 1, 1, None),
         (96, 32, 4, 3.0),
         (96, 50, 4, None),  # 12 of each part, twice
         (96, 44, 4, 3.0),  # 11 of each part, and a rest of 2
@@ -85,38 +83,37 @@ def test_equals_dense(vocab, chunk, shards, softcap):
             np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_finite_differences(softcap):
+def test_finite_differences():
     hidden, matrix, targets = random_inputs(1, 11)
 
+    @jax.jit
     def function(hidden, matrix):
-        return token_logprobs(hidden, matrix, targets, softcap=softcap, temperature=1.3, chunk=4)
+        return token_logprobs(hidden, matrix, targets, softcap=2.0, temperature=1.3, chunk=4)
 
     check_grads(function, (hidden, matrix), order=1, modes=["rev"], eps=1e-2, rtol=2e-3, atol=2e-3)
 
 
 def test_entropy_is_extra_and_has_no_gradient():
     hidden, matrix, targets = random_inputs(2, 50)
-    alone = token_logprobs(hidden, matrix, targets, chunk=16)
-    logprobs, entropy = token_logprobs(hidden, matrix, targets, chunk=16, with_entropy=True)
-    np.testing.assert_array_equal(alone, logprobs)
+
+    @jax.jit
+    def both(hidden, matrix):
+        return chunked(chunk=16)(hidden, matrix, targets)
+
+    alone = jax.jit(functools.partial(token_logprobs, chunk=16))(hidden, matrix, targets)
+    np.testing.assert_array_equal(alone, both(hidden, matrix)[0])
     # Of an all-zero hidden state: every token is as likely as any other.
-    flat = token_logprobs(jnp.zeros_like(hidden), matrix, targets, chunk=16, with_entropy=True)
+    flat = both(jnp.zeros_like(hidden), matrix)
     np.testing.assert_allclose(flat[0], -np.log(50), rtol=1e-6)
     np.testing.assert_allclose(flat[1], np.log(50), rtol=1e-6)
-
-    def total(hidden, matrix):
-        return jnp.sum(chunked(chunk=16)(hidden, matrix, targets)[1])
-
-    assert total(hidden, matrix) == jnp.sum(entropy)
-    for gradient in jax.grad(total, argnums=(0, 1))(hidden, matrix):
+    total = jax.jit(jax.grad(lambda *inputs: jnp.sum(both(*inputs)[1]), argnums=(0, 1)))
+    for gradient in total(hidden, matrix):
         assert not np.any(gradient)
 
 
-@pytest.mark.parametrize("chunk", [64, 100])
-def test_bfloat16(chunk):
+def test_bfloat16():
     inputs = random_inputs(3, 256, jnp.bfloat16, (4, 16, 32))
-    results = values_and_gradients(chunked(chunk=chunk), *inputs, 1.0)
+    results = values_and_gradients(chunked(chunk=100), *inputs, 1.0)
     hidden, matrix, targets = inputs
     wide = hidden.astype(jnp.float32), matrix.astype(jnp.float32), targets
     expected = values_and_gradients(dense, *wide, 1.0)
@@ -169,7 +166,7 @@ def loop_bodies(program):
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
 def test_spread_over_devices(data, tensor):
     mesh = jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     inputs = random_inputs(7, 8 * 20, shape=(8, 4, D))
@@ -207,6 +204,7 @@ def test_the_layout_of_training(shards):
         np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
 
 
+@functools.cache
 def temporary_bytes(vocab, chunk, rows=2, length=16, width=16):
     hidden = jax.ShapeDtypeStruct((rows, length, width), jnp.float32)
     matrix = jax.ShapeDtypeStruct((vocab, width), jnp.float32)
@@ -230,7 +228,7 @@ def test_memory_does_not_grow_with_the_vocabulary(chunk):
 
 
 def test_memory_follows_the_chunk():
-    assert temporary_bytes(2**15, 1024) < temporary_bytes(2**15, 8192) / 4
+    assert temporary_bytes(2**15, 512) < temporary_bytes(2**15, 4096) / 4
 
 
 @pytest.mark.parametrize(
