@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from grm_jax.checkpoints.sources import cache_folder
-from grm_jax.cli import convert, judge
+from grm_jax.cli import convert, judge, train
 from grm_jax.errors import UsageError
 from grm_jax.version import __version__
 
@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     judge.add_parser(commands)
     convert.add_parser(commands)
-    args = parser.parse_args(argv)
+    train.add_parser(commands)
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args.overrides = overrides
     _keep_compiled_programs()
     try:
         return OK if args.run(args) else SOME_FAILED

@@ -1,0 +1,53 @@
+"""`grm-jax train`: runs a configuration's stage, and goes on with what an earlier call began."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import jax
+
+from grm_jax.errors import UsageError
+from grm_jax.training import sft
+from grm_jax.training.config import Settings, load_config
+
+Stage = Callable[[Settings, Path], bool]
+"""Runs a stage in a working directory; returns whether all its steps are done."""
+
+STAGES: Mapping[str, Stage] = MappingProxyType(
+    {
+        "sft": sft.run,
+    }
+)
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `train` to the subcommands."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Runs the stage that a configuration describes. A run that was stopped or "
+        "killed goes on where it stood when the same command is given again.",
+        epilog="Any key of the configuration can be set: --config.optimizer.learning_rate=1e-5",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py", help="a file with get_config()")
+    add("--workdir", required=True, type=Path, metavar="DIR", help="where everything goes")
+    add(
+        "--distributed",
+        action="store_true",
+        help="be one process of several, started on each host by SLURM, GKE or alike",
+    )
+    parser.set_defaults(run=run, overrides=[])
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Runs the stage; returns True, or raises what is wrong."""
+    settings = Settings(load_config(args.config, args.overrides))
+    stage = settings["stage"]
+    if stage not in STAGES:
+        raise UsageError(f"stage is {stage!r}; it must be one of {', '.join(STAGES)}")
+    if args.distributed:
+        jax.distributed.initialize()
+    STAGES[stage](settings, args.workdir)
+    return True

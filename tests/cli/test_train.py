@@ -1,0 +1,233 @@
+"""`grm-jax train`: a stage from its configuration to a model that can be used."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grm_jax import checkpoints
+from grm_jax.cli.train import STAGES
+from grm_jax.prompts import tokenizer_from_folder
+from grm_jax.training.config import Settings
+from tests.cli.conftest import Call, Outcome
+from tests.training.folder import write_config, write_examples, write_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration with its model and its data."""
+    folder = tmp_path_factory.mktemp("sft")
+    model, examples = write_model(folder / "base"), write_examples(folder / "a.jsonl")
+    return write_config(folder / "tiny.py", model, examples)
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in found
+    ]
+
+
+def test_fine_tuning_from_end_to_end(call: Call, config: Path, tmp_path: Path) -> None:
+    arguments = ("train", "--config", config, "--workdir", tmp_path, "--config.batch.rows=16")
+    outcome = call(*arguments)
+    assert (outcome.status, outcome.out) == (0, "")
+    assert "6 steps to do" in outcome.err
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+    assert found[-1]["loss"] < found[0]["loss"]
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["settings"]["batch.rows"] == 16
+    # What it leaves is a model like any other.
+    trained, params = checkpoints.load(str(tmp_path / "model"))
+    base = checkpoints.open_checkpoint(str(config.parent / "base")).config
+    assert trained == base
+    moved = params["embedding"] - checkpoints.load(str(config.parent / "base"))[1]["embedding"]
+    assert 1e-4 < np.abs(moved).max() < 0.1
+    tokenizer = tokenizer_from_folder(tmp_path / "model", vocab_size=260)
+    assert tokenizer.decode(tokenizer.encode("Count")) == "Count"
+    # The same again has nothing left to do.
+    again = call(*arguments)
+    assert again.status == 0
+    assert "resumed after step 6 of 6" in again.err
+    assert lines(tmp_path) == found
+    # And another run is not mixed into it.
+    other = call(*arguments, "--config.seed=1")
+    assert other.status == 2
+    assert "was begun with seed 0 and this run has 1" in other.err
+
+
+def test_adapters_become_a_peft_folder(call: Call, config: Path, tmp_path: Path) -> None:
+    changes = ("--config.model.lora_rank=2", "--config.model.lora_targets=('q','up')")
+    more = ("--config.steps=2", "--config.data.too_long=keep_end", "--config.data.length=64")
+    outcome = call("train", "--config", config, "--workdir", tmp_path, *changes, *more)
+    assert outcome.status == 0, outcome.err
+    written = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert written["r"] == 2
+    assert sorted(written["target_modules"]) == ["q_proj", "up_proj"]
+    assert written["base_model_name_or_path"] == str(config.parent / "base")
+    resumed = call("train", "--config", config, "--workdir", tmp_path, *changes, *more)
+    assert "resumed after step 2 of 2" in resumed.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.stage=sftt", "stage is 'sftt'; it must be one of sft"),
+        ("--config.optimizer.lerning_rate=1", "the nearest is 'optimizer.learning_rate'"),
+        ("--config.steps=no", "an override does not fit"),
+        ("--confg.steps=1", "is no override; write --config.key=value"),
+        ("--config.mesh.fsdp=3", "mesh data=1, fsdp=3"),
+        ("--config.batch.rows=3", "batch.rows is 3, but 1 micro-batches over 8 devices"),
+        ("--config.data.files=()", "data.files is empty"),
+        ("--config.data.files=('/none',)", "cannot read /none"),
+        ("--config.data.weights=(1.0,2.0)", "data.weights has 2 shares for 1 data.files"),
+        ("--config.data.length=512", "data.length is 512, but the model reads 256 tokens"),
+        ("--config.model.dtype=float16", "model.dtype is 'float16'; it must be one of"),
+        ("--config.checkpoint.keep=1", "checkpoint.keep is 1; keep at least 2"),
+    ],
+)
+def test_calls_that_are_wrong(
+    change: str, message: str, call: Call, config: Path, tmp_path: Path
+) -> None:
+    outcome = call("train", "--config", config, "--workdir", tmp_path, change)
+    assert outcome.status == 2
+    assert outcome.err.startswith("grm-jax: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_sequences_that_are_too_long(call: Call, config: Path, tmp_path: Path) -> None:
+    outcome = call("train", "--config", config, "--workdir", tmp_path, "--config.data.length=16")
+    assert outcome.status == 2
+    assert "a row has 16; make rows longer" in outcome.err
+
+
+def test_a_key_that_the_stage_does_not_read(call: Call, config: Path, tmp_path: Path) -> None:
+    text = config.read_text().replace("config.steps = 6", "config.momentum = 0.9")
+    (tmp_path / "c.py").write_text(text)
+    outcome = call("train", "--config", tmp_path / "c.py", "--workdir", tmp_path / "w")
+    assert outcome.status == 2
+    assert "nothing reads the configuration's momentum in this stage" in outcome.err
+
+
+def test_other_commands_take_no_overrides(call: Call) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call("convert", "a", "b", "--config.steps=1")
+    assert caught.value.code == 2
+
+
+def test_stages_take_settings_and_a_folder(
+    call: Call, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def stage(settings: Settings, workdir: Path) -> bool:
+        seen.append((settings["steps"], workdir))
+        return False
+
+    monkeypatch.setattr("grm_jax.cli.train.STAGES", {**STAGES, "sft": stage})
+    outcome = call("train", "--config", config, "--workdir", tmp_path, "--config.steps=3")
+    # Being asked to stop is no failure.
+    assert outcome.status == 0
+    assert seen == [(3, tmp_path)]
+
+
+# --- as programs ---
+
+
+def start(workdir: Path, config: Path, *more: str, **variables: str) -> "subprocess.Popen[str]":
+    program = "from grm_jax.cli.main import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", program, "train", "--config", str(config)]
+    # One cache, and not the user's.
+    variables["JAX_COMPILATION_CACHE_DIR"] = str(config.parent / "compiled")
+    return subprocess.Popen(
+        [*command, "--workdir", str(workdir), *more],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> Outcome:
+    _, said = process.communicate(timeout=900)
+    return Outcome(process.returncode, "", said)
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_programs_end_like_one_that_ran(
+    call: Call, config: Path, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert call("train", "--config", config, "--workdir", one).status == 0
+    process = start(other, config)
+    wait_for_line(other, process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    process = start(other, config)
+    wait_for_line(other, process, 3)
+    process.send_signal(signal.SIGTERM)
+    outcome = finish(process)
+    assert outcome.status == 0, outcome.err
+    assert finish(start(other, config)).status == 0
+    assert lines(one) == lines(other)
+    found, wanted = (checkpoints.load(str(folder / "model"))[1] for folder in (other, one))
+    np.testing.assert_array_equal(found["embedding"], wanted["embedding"])
+
+
+def wait_for_line(workdir: Path, process: "subprocess.Popen[str]", count: int = 1) -> None:
+    """Returns when the run has written so many lines, or is over."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(call: Call, config: Path, tmp_path: Path) -> None:
+    """As SLURM would start them, with four devices each, in one mesh."""
+    changes = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    outcome = call("train", "--config", config, "--workdir", one, *changes)
+    assert outcome.status == 0, outcome.err
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    for _ in range(2):  # The second time, they resume.
+        processes = [
+            start(
+                two,
+                config,
+                *changes,
+                "--distributed",
+                XLA_FLAGS="--xla_force_host_platform_device_count=4",
+                JAX_COORDINATOR_ADDRESS=address,
+                SLURM_JOB_ID="1",
+                SLURM_STEP_NODELIST="localhost",
+                SLURM_NTASKS="2",
+                SLURM_PROCID=str(number),
+                SLURM_LOCALID=str(number),
+            )
+            for number in range(2)
+        ]
+        outcomes = [finish(process) for process in processes]
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+    assert "resumed after step 6 of 6" in outcomes[0].err
+    assert "resumed" not in outcomes[1].err
+    for mine, theirs in zip(lines(one), lines(two), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-4)
+    found, wanted = (checkpoints.load(str(folder / "model"))[1] for folder in (two, one))
+    np.testing.assert_allclose(found["embedding"], wanted["embedding"], atol=1e-4)

@@ -1,0 +1,83 @@
+"""A tiny model in a folder, with a tokenizer of bytes, and a file of examples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from grm_jax.checkpoints import save_folder
+from grm_jax.models import family_config
+from tests.training import tiny
+
+CONFIG = family_config(
+    "llama",
+    vocab_size=260,
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=64,
+    max_context=256,
+    tie_embeddings=True,
+)
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_model(folder: Path) -> Path:
+    """Writes the model; its tokens 256 and on are the end of text and a turn's start and end."""
+    folder.mkdir()
+    save_folder(folder, CONFIG, tiny.random_params(CONFIG))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    engine = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    engine.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = {"eos_token_id": [256, 258]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def write_examples(path: Path, count: int = 40) -> Path:
+    """Writes examples of two kinds of prompt."""
+    records: list[dict[str, Any]] = []
+    for number in range(count):
+        prompt: Any = f"Count to {number}."
+        if number % 2:
+            prompt = [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": prompt},
+            ]
+        records.append({"prompt": prompt, "completion": " ".join(map(str, range(number % 7 + 1)))})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_config(path: Path, model: Path, examples: Path) -> Path:
+    """Writes a configuration of a few steps."""
+    path.write_text(
+        "from grm_jax.training import sft\n\n\n"
+        "def get_config():\n"
+        "    config = sft.default_config()\n"
+        f"    config.model.name = {str(model)!r}\n"
+        f"    config.data.files = ({str(examples)!r},)\n"
+        "    config.data.length = 128\n"
+        "    config.steps = 6\n"
+        "    config.checkpoint.every = 2\n"
+        "    config.optimizer.learning_rate = 3e-3\n"
+        "    config.optimizer.schedule = 'constant'\n"
+        "    return config\n"
+    )
+    return path
