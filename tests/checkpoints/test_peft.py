@@ -82,6 +82,8 @@ def test_merged_export_equals_the_adapter_applied(tmp_path: Path) -> None:
     model = hub.write("qwen2", tmp_path / "base")
     config, params = adapted(tmp_path / "base", CASES["qwen2"])
     checkpoints.save_folder(tmp_path / "merged", *merge_lora(config, params))
+    merged = checkpoints.load(str(tmp_path / "merged"))
+    np.testing.assert_allclose(logprobs(*merged), logprobs(config, params), atol=1e-5)
     again = type(model).from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(their_logprobs(again), logprobs(config, params), atol=1e-4)
     with pytest.raises(UsageError, match="merge adapters"):

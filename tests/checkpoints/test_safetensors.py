@@ -158,6 +158,11 @@ def test_classifiers(name: str, tmp_path: Path) -> None:
     assert np.std(wanted) > 0.1
     found = run(reward)(params, config, tokens(), np.asarray(LENGTHS))
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    _, spread = checkpoints.load(str(tmp_path / "theirs"), mesh=mesh)
+    found = run(reward)(spread, config, tokens(), np.asarray(LENGTHS))
+    assert len(found.sharding.device_set) == 8
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
     checkpoints.save_folder(tmp_path / "ours", config, params)
     again = type(model).from_pretrained(tmp_path / "ours")
     ours = again.state_dict()
