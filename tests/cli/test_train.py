@@ -88,7 +88,7 @@ def test_adapters_become_a_peft_folder(call: Call, config: Path, tmp_path: Path)
         ("--config.optimizer.lerning_rate=1", "the nearest is 'optimizer.learning_rate'"),
         ("--config.steps=no", "an override does not fit"),
         ("--confg.steps=1", "is no override; write --config.key=value"),
-        ("--config.mesh.fsdp=3", "mesh data=1, fsdp=3"),
+        ("--config.mesh.fsdp=3", "fsdp=3, tensor=1 needs 3 devices, but there are 8"),
         ("--config.batch.rows=3", "batch.rows is 3, but 1 micro-batches over 8 devices"),
         ("--config.data.files=()", "data.files is empty"),
         ("--config.data.files=('/none',)", "cannot read /none"),
