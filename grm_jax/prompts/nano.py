@@ -1,0 +1,167 @@
+r"""The language of the small comparisons in `grm_jax.data.nano`: its tokenizer and its teacher.
+
+A judgement of them names the places it will check, says for each place what is right and which
+responses have it, and takes three points off a score for each slip it saw:
+
+    Specific Criteria: b d
+    Analysis:
+    b is 7: 1 ok 2 no 3 ok
+    d is 2: 1 ok 2 no 3 no
+    Scores: \boxed{10, 4, 7}
+
+The tokenizer spells any text in bytes, and what such prompts and judgements are made of in one
+piece each, so that a prompt takes about 40 tokens and a judgement about 20.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import final
+
+from grm_jax import grammar
+from grm_jax.data import Comparison
+from grm_jax.data.nano import ADDENDS, MAX_RESPONSES, PLACES, Problem, read_digits, read_problem
+from grm_jax.errors import UsageError
+from grm_jax.prompts.templates import load_template, render
+from grm_jax.prompts.tokenizer import Tokenizer
+
+TEMPLATE = "nano"
+PENALTY = 3
+"""Points that a slip costs."""
+
+_END = "<|end|>"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def nano_tokenizer() -> Tokenizer:
+    """A token for every byte, for each piece of these prompts and judgements, and for each role."""
+    pieces = list(dict.fromkeys([*_prompt_pieces(), *_judgement_pieces()]))
+    text_tokens = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in pieces]
+    ids = {token: index for index, token in enumerate(text_tokens)}
+    longest_first = sorted(text_tokens, key=len, reverse=True)
+    pattern = re.compile(b"|".join(map(re.escape, longest_first)), re.DOTALL)
+
+    def encode(text: str) -> list[int]:
+        return [ids[token] for token in pattern.findall(text.encode())]
+
+    controls = (*_ROLES, _END)
+    first = len(text_tokens)
+    return Tokenizer(
+        token_bytes=(*text_tokens, *(control.encode() for control in controls)),
+        control_ids=frozenset(range(first, first + len(controls))),
+        bos_id=None,
+        eos_ids=(first + controls.index(_END),),
+        add_bos=False,
+        chat_template=_CHAT_TEMPLATE,
+        text_encoder=encode,
+    )
+
+
+def _prompt_pieces() -> Iterator[str]:
+    """The lines of a problem and its responses, and all that the template puts around them."""
+    yield from (f"{place}{digit}\n" for place in PLACES for digit in range(10))
+    digits = tuple(0 for _ in PLACES)
+    tasks = [Problem(addend, digits).text.partition("\n")[0] + "\n" for addend in ADDENDS]
+    yield from tasks
+    # The frame is what is left of a prompt whose messages and responses are one known character.
+    mark = "\0"
+    messages = [{"role": "user", "content": mark}]
+    prompt = render(load_template(TEMPLATE), messages, [mark] * MAX_RESPONSES)[0]["content"]
+    before, *between, after = prompt.split(mark + "\n")
+    yield before
+    for frame in between:
+        yield from _frame_pieces(frame)
+    yield from _frame_pieces(after)
+
+
+def _frame_pieces(frame: str) -> Iterator[str]:
+    """A frame in pieces that end with the delimiters of responses."""
+    yield from re.findall(r"\[The End of Response \d+\]\n|(?:(?!\[The End).)+", frame, re.DOTALL)
+
+
+def _judgement_pieces() -> Iterator[str]:
+    """What the teacher writes, a decision a piece."""
+    yield grammar.CRITERIA
+    yield from (f" {place}" for place in PLACES)
+    yield f"\n{grammar.ANALYSIS}"
+    yield from (f"\n{place} is" for place in PLACES)
+    yield from (f" {digit}:" for digit in range(10))
+    for response in range(1, MAX_RESPONSES + 1):
+        yield from (f" {response} {_verdict(same)}" for same in (True, False))
+    yield f"\n{grammar.SCORES} {grammar.BOX_OPEN}"
+    for score in range(grammar.DEFAULT_LOW, grammar.DEFAULT_HIGH + 1):
+        yield from (f"{score}, ", f"{score}{grammar.BOX_CLOSE}")
+
+
+def _verdict(same: bool) -> str:
+    return "ok" if same else "no"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A judge by rule that is in a hurry: it sees the comparison, never the label.
+
+    Attributes:
+      checks: How often it checks one place, two, and so on; which ones is left to chance.
+      miscompute: How often what it says is right at a place is one off.
+      misread: How often it takes a right response for a wrong one at a place, or the reverse.
+      misscore: How often it forgets a slip, or counts one too many, when it scores a response.
+    """
+
+    checks: tuple[float, ...] = (0.5, 0.35, 0.15)
+    miscompute: float = 0.03
+    misread: float = 0.02
+    misscore: float = 0.02
+
+    def __post_init__(self) -> None:
+        rates = (self.miscompute, self.misread, self.misscore, *self.checks)
+        if not all(0 <= rate <= 1 for rate in rates) or abs(sum(self.checks) - 1) > 1e-6:
+            raise UsageError("a teacher's rates must lie from 0 to 1, and those of checks add to 1")
+        if len(self.checks) > len(PLACES):
+            raise UsageError(f"a teacher cannot check {len(self.checks)} of {len(PLACES)} places")
+
+    def judge(self, comparison: Comparison, rng: random.Random) -> str:
+        """Writes a judgement.
+
+        Args:
+          comparison: From `grm_jax.data.nano.nano_comparisons`; responses are taken in its order.
+          rng: Decides what is checked and where the teacher errs.
+
+        Raises:
+          UsageError: If the comparison is of another kind.
+        """
+        problem = read_problem(comparison.messages[-1]["content"])
+        answers = [read_digits(response) for response in comparison.responses]
+        count = rng.choices(range(1, len(self.checks) + 1), self.checks)[0]
+        places = sorted(rng.sample(range(len(PLACES)), count))
+        slips = [0] * len(answers)
+        analysis = ""
+        for place in places:
+            right = problem.answer[place]
+            if rng.random() < self.miscompute:
+                right = (right + rng.choice((-1, 1))) % 10
+            same = [(answer[place] == right) != (rng.random() < self.misread) for answer in answers]
+            slips = [seen + (not verdict) for seen, verdict in zip(slips, same, strict=True)]
+            analysis += f"\n{PLACES[place]} is {right}:" + _listed(same)
+        for response, seen in enumerate(slips):
+            if rng.random() < self.misscore:
+                slips[response] = seen + (rng.choice((-1, 1)) if seen else 1)
+        scores = [max(grammar.DEFAULT_LOW, grammar.DEFAULT_HIGH - PENALTY * seen) for seen in slips]
+        return (
+            grammar.CRITERIA
+            + "".join(f" {PLACES[place]}" for place in places)
+            + f"\n{grammar.ANALYSIS}{analysis}\n{grammar.SCORES} "
+            + grammar.BOX_OPEN
+            + ", ".join(map(str, scores))
+            + grammar.BOX_CLOSE
+        )
+
+
+def _listed(verdicts: Iterable[bool]) -> str:
+    return "".join(f" {number} {_verdict(same)}" for number, same in enumerate(verdicts, start=1))
