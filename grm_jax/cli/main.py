@@ -1,16 +1,28 @@
 """`grm-jax`: finds the subcommand and turns mistakes into one line and an exit status."""
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 
 from grm_jax.checkpoints.sources import cache_folder
-from grm_jax.cli import convert, evaluate, judge, serve, train
 from grm_jax.errors import UsageError
 from grm_jax.version import __version__
+
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "judge": "grm_jax.cli.judge",
+        "convert": "grm_jax.cli.convert",
+        "train": "grm_jax.cli.train",
+        "eval": "grm_jax.cli.evaluate",
+        "serve": "grm_jax.cli.serve",
+    }
+)
+"""The module of each subcommand."""
 
 OK, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
 
@@ -27,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"grm_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    judge.add_parser(commands)
-    convert.add_parser(commands)
-    train.add_parser(commands)
-    evaluate.add_parser(commands)
-    serve.add_parser(commands)
+    given = sys.argv[1:] if argv is None else argv
+    # One that is called is the only one to be imported: others take seconds for what it needs not.
+    for name in given[:1] if given and given[0] in COMMANDS else COMMANDS:
+        importlib.import_module(COMMANDS[name]).add_parser(commands)
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
