@@ -1,5 +1,6 @@
-"""Where every array lives: the device mesh and the rules from logical axes to its axes."""
+"""Where every array lives: the device mesh, the rules from logical axes to its axes, the hosts."""
 
+from grm_jax.distributed.hosts import Place, ending_together, join, place_of
 from grm_jax.distributed.mesh import (
     MESH_AXES,
     RULES,
@@ -7,6 +8,7 @@ from grm_jax.distributed.mesh import (
     Rules,
     logical_to_sharding,
     make_mesh,
+    mesh_sizes,
     tree_shardings,
 )
 
@@ -14,8 +16,13 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "Axes",
+    "Place",
     "Rules",
+    "ending_together",
+    "join",
     "logical_to_sharding",
     "make_mesh",
+    "mesh_sizes",
+    "place_of",
     "tree_shardings",
 ]

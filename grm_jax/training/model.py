@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from grm_jax.distributed import tree_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import (
     DecoderConfig,
+    DtypeName,
     Lora,
     Params,
     Rope,
@@ -99,16 +100,16 @@ def open_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0) -> Model:
     if named == "auto":
         named = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = dtype_name(named)
-    stored = _from_scratch(shape, tokenizer) if opened is None else opened.config
+    stored = decoder_of_shape(shape, tokenizer) if opened is None else opened.config
     if stored.num_labels not in (0, num_labels):
         raise UsageError(
             f"{name} is a classifier of {stored.num_labels} outputs; this stage cannot begin there"
         )
-    remat = bool(settings["model.remat"])
-    plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
+    placed = place_model(settings, mesh, stored, dtype=dtype, num_labels=num_labels)
+    params, frozen, lora = placed.params, placed.frozen, placed.config.lora
+    plain = dataclasses.replace(placed.config, lora=None)
     key = jax.random.key(settings.at_least("seed", 0))
     adapter = str(settings["model.adapter"])
-    lora = _lora(settings)
     if (lora or adapter) and (random or opened is None):
         raise UsageError("random parameters have nothing to adapt; set model.lora_rank to 0")
     if adapter and lora is None:
@@ -128,25 +129,13 @@ def open_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0) -> Model:
         head = jnp.zeros((num_labels, plain.width), jnp.float32)
         return {**params, HEAD: jax.device_put(head, shardings[HEAD])}
 
-    frozen: Params = {}
     if lora is None:
-        params = _placed(plain, abstract_params(plain), mesh)
 
         def load() -> tuple[Params, Params]:
             return read(jnp.float32, shardings_of(params)), {}
     else:
-        base = _placed(plain, abstract_params(plain, dtype), mesh)
-        # Only to have what does not fit said in one place.
-        jax.eval_shape(lambda key: add_lora(plain, abstract_params(plain), lora, key)[1], key)
-        adapted = dataclasses.replace(plain, lora=lora)
-        params, _ = split_lora(_placed(adapted, abstract_params(adapted), mesh))
-        frozen = dict(base)
-        if num_labels:
-            head = frozen.pop(HEAD)
-            params = {
-                **params,
-                HEAD: jax.ShapeDtypeStruct(head.shape, jnp.float32, sharding=head.sharding),
-            }
+        base = {**frozen, HEAD: params[HEAD]} if num_labels else frozen
+        adapted = placed.config
 
         def load() -> tuple[Params, Params]:
             fixed = dict(read(jnp.dtype(dtype), shardings_of(base)))
@@ -167,10 +156,59 @@ def open_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0) -> Model:
             )(key)
             return {**fresh, **learning}, fixed
 
-    config = plain if lora is None else dataclasses.replace(plain, lora=lora)
     return Model(
-        name=name, config=config, tokenizer=tokenizer, params=params, frozen=frozen, load=load
+        name=name,
+        config=placed.config,
+        tokenizer=tokenizer,
+        params=params,
+        frozen=frozen,
+        load=load,
     )
+
+
+class Placed(NamedTuple):
+    """What there is of a model on a mesh; see `Model` for each."""
+
+    config: DecoderConfig
+    params: Params
+    frozen: Params
+
+
+def place_model(
+    settings: Settings,
+    mesh: Mesh,
+    stored: DecoderConfig,
+    *,
+    dtype: DtypeName,
+    num_labels: int = 0,
+) -> Placed:
+    """Which parameters learn, which do not, and where they live; makes none of them.
+
+    Args:
+      settings: The run's.
+      mesh: Where the parameters will live.
+      stored: The decoder as its checkpoint has it.
+      dtype: What it computes in.
+      num_labels: As in `open_model`.
+
+    Raises:
+      UsageError: The adapters do not fit the decoder.
+    """
+    remat, lora = bool(settings["model.remat"]), _lora(settings)
+    plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
+    if lora is None:
+        return Placed(plain, _placed(plain, abstract_params(plain), mesh), {})
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    # Only to have what does not fit said in one place.
+    jax.eval_shape(lambda key: add_lora(plain, abstract_params(plain), lora, key)[1], key)
+    adapted = dataclasses.replace(plain, lora=lora)
+    params, _ = split_lora(_placed(adapted, abstract_params(adapted), mesh))
+    frozen = dict(_placed(plain, abstract_params(plain, dtype), mesh))
+    if num_labels:
+        head = frozen.pop(HEAD)
+        learnt = jax.ShapeDtypeStruct(head.shape, jnp.float32, sharding=head.sharding)
+        params = {**params, HEAD: learnt}
+    return Placed(adapted, params, frozen)
 
 
 def save_model(model: Model, state: TrainState, folder: Path) -> None:
@@ -243,7 +281,12 @@ def next_token_logprobs(
     return compute(), None
 
 
-def _from_scratch(shape: Mapping[str, Any], tokenizer: Tokenizer) -> DecoderConfig:
+def decoder_of_shape(shape: Mapping[str, Any], tokenizer: Tokenizer) -> DecoderConfig:
+    """The decoder that `model.shape` describes.
+
+    Raises:
+      UsageError: It describes none.
+    """
     values = dict(shape)
     try:
         family = str(values.pop("family"))

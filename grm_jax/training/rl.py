@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from grm_jax.data.pipeline import Mapped, Source, batches
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, join_lora
-from grm_jax.prompts import load_template
+from grm_jax.prompts import Template, load_template
 from grm_jax.rewards import group_advantages
 from grm_jax.training.comparisons import comparison_data, comparison_sources
 from grm_jax.training.config import Settings, base_config
@@ -43,7 +44,6 @@ from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.rollouts import (
     Rolled,
     RolloutSettings,
-    Sampler,
     Task,
     TaskMaker,
     Tasks,
@@ -170,16 +170,7 @@ def run(settings: Settings, workdir: Path) -> bool:
     model = open_model(settings, mesh)
     template = load_template(str(settings["prompt.template"]))
     single = str(settings["prompt.single"])
-    rollout = RolloutSettings(
-        group=settings.at_least("rollout.group", 2),
-        temperature=float(settings["rollout.temperature"]),
-        max_new_tokens=settings.at_least("rollout.max_new_tokens", 1),
-        low=template.low,
-        high=template.high,
-        verdict=bool(settings["prompt.verdict"]),
-        overlong_buffer=settings.at_least("rollout.overlong_buffer", 0),
-        overlong_scale=float(settings["rollout.overlong_scale"]),
-    )
+    rollout = rollout_settings(settings, template)
     maker = TaskMaker(
         tokenizer=model.tokenizer,
         template=template,
@@ -214,38 +205,22 @@ def run(settings: Settings, workdir: Path) -> bool:
         epochs=settings.at_least("data.epochs", 0) or None,
         threads=settings.at_least("data.threads", 0),
     )
-    losses = _loss_settings(settings, rollout)
-    updates = settings.at_least("rollout.updates", 1)
-    chunk = settings.at_least("vocab_chunk", 1)
-    learner = make_learner(
-        make_loss(model.config, mesh, losses, chunk=chunk),
-        lambda batch: loss_denominator(_rows(batch.mask), aggregate=losses.aggregate),
-        make_optimizer(settings, updates=updates),
-        params=model.params,
-        frozen=model.frozen,
-        mesh=mesh,
-        accumulate=accumulate,
-    )
-    sampler = make_sampler(model.config, model.tokenizer, mesh, rollout)
+    losses = loss_settings(settings, rollout)
+    programs = make_programs(settings, mesh, model, rollout, losses)
     outcome = train(
         Run(
             settings=settings,
             workdir=workdir,
-            learner=learner,
+            learner=programs.learner,
             load=model.load,
             batches=records,
             advance=make_advance(
-                model,
-                learner,
-                sampler,
+                programs,
                 maker.pad,
-                losses,
                 rounds=rounds,
-                updates=updates,
                 reference=_reference(settings, model, losses),
-                chunk=chunk,
             ),
-            updates=updates,
+            updates=programs.updates,
         )
     )
     if outcome.finished:
@@ -300,34 +275,57 @@ def make_loss(config: DecoderConfig, mesh: Mesh, settings: LossSettings, *, chun
     return loss
 
 
-def make_advance(
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """What a step runs on the devices; all are jitted.
+
+    Attributes:
+      learner: Takes the state and an `Experience`.
+      updates: How often it does, of each batch of rollouts.
+      roll: From the state, tasks and the number of the round to rollouts.
+      learn_from: From the state, rollouts and the reference to what the learner takes, and metrics.
+        The reference is what learns as it was when the run began; empty for the base model without
+        adapters; None without a reference.
+      choose: See `choose`.
+    """
+
+    learner: Learner
+    updates: int
+    roll: Callable[[TrainState, Tasks, ArrayLike], Rolled]
+    learn_from: Callable[[TrainState, Rolled, Params | None], tuple[Experience, Metrics]]
+    choose: Callable[[Rolled, Rolled | None], tuple[Rolled, jax.Array]]
+
+
+def make_programs(
+    settings: Settings,
+    mesh: Mesh,
     model: Model,
-    learner: Learner,
-    sampler: Sampler,
-    pad: Callable[[Sequence[Task]], Tasks],
-    settings: LossSettings,
-    *,
-    rounds: int,
-    updates: int,
-    reference: Params | None,
-    chunk: int,
-) -> Callable[[TrainState, Sequence[Task]], Advanced]:
-    """A step: rollouts, their rewards, and what is learnt from them.
+    rollout: RolloutSettings,
+    losses: LossSettings,
+) -> Programs:
+    """Makes the programs of a step; compiles nothing yet.
 
     Args:
-      model: The policy.
-      learner: Its learner.
-      sampler: From `make_sampler`.
-      pad: Puts tasks in arrays.
-      settings: Of the loss.
-      rounds: In how many parts a batch of tasks is rolled out, if the first leaves groups that
-        teach nothing; those of later parts take their place.
-      updates: Of each batch of rollouts.
-      reference: What learns, as it was when the run began; empty for the base model without
-        adapters; None without a reference.
-      chunk: As in `token_logprobs`.
+      settings: The run's.
+      mesh: Where everything lives.
+      model: The policy, on that mesh.
+      rollout: From `rollout_settings`.
+      losses: From `loss_settings`.
     """
-    mesh, config = learner.mesh, model.config
+    config, accumulate = model.config, settings.at_least("batch.accumulate", 1)
+    updates = settings.at_least("rollout.updates", 1)
+    chunk = settings.at_least("vocab_chunk", 1)
+    learner = make_learner(
+        make_loss(config, mesh, losses, chunk=chunk),
+        lambda batch: loss_denominator(_rows(batch.mask), aggregate=losses.aggregate),
+        make_optimizer(settings, updates=updates),
+        params=model.params,
+        frozen=model.frozen,
+        mesh=mesh,
+        accumulate=accumulate,
+    )
+    sampler = make_sampler(config, model.tokenizer, mesh, rollout)
     plain = dataclasses.replace(config, lora=None)
 
     def roll(state: TrainState, tasks: Tasks, part: jax.Array) -> Rolled:
@@ -343,7 +341,7 @@ def make_advance(
                 tokens,
                 lengths=lengths,
                 mesh=mesh,
-                temperature=settings.temperature,
+                temperature=losses.temperature,
                 chunk=chunk,
             )[0]
 
@@ -352,7 +350,7 @@ def make_advance(
     def learn_from(
         state: TrainState, rolled: Rolled, held: Params | None
     ) -> tuple[Experience, Metrics]:
-        batch, metrics = to_experience(rolled, settings, accumulate=learner.accumulate)
+        batch, metrics = to_experience(rolled, losses, accumulate=accumulate)
         if updates > 1:
             batch = batch._replace(old_logprobs=score(state.model, False, batch))
         if held is not None:
@@ -360,7 +358,32 @@ def make_advance(
             batch = batch._replace(ref_logprobs=score(known, not held, batch))
         return batch, metrics
 
-    rolling, learning, choosing = jax.jit(roll), jax.jit(learn_from), jax.jit(choose)
+    return Programs(
+        learner=learner,
+        updates=updates,
+        roll=jax.jit(roll),
+        learn_from=jax.jit(learn_from),
+        choose=jax.jit(choose),
+    )
+
+
+def make_advance(
+    programs: Programs,
+    pad: Callable[[Sequence[Task]], Tasks],
+    *,
+    rounds: int,
+    reference: Params | None,
+) -> Callable[[TrainState, Sequence[Task]], Advanced]:
+    """A step: rollouts, their rewards, and what is learnt from them.
+
+    Args:
+      programs: What it runs.
+      pad: Puts tasks in arrays.
+      rounds: In how many parts a batch of tasks is rolled out, if the first leaves groups that
+        teach nothing; those of later parts take their place.
+      reference: See `Programs.learn_from`.
+    """
+    learner = programs.learner
 
     def advance(state: TrainState, tasks: Sequence[Task]) -> Advanced:
         size = len(tasks) // rounds
@@ -368,15 +391,15 @@ def make_advance(
         with learner.here():
             for part in range(rounds):
                 placed = learner.put(pad(tasks[part * size : (part + 1) * size]))
-                rolled = rolling(state, placed, part)
+                rolled = programs.roll(state, placed, part)
                 if rounds == 1:
-                    kept = rolled
                     break
-                kept, useful = choosing(rolled, kept)
+                kept, useful = programs.choose(rolled, kept)
+                rolled = kept
                 if int(useful) == size:
                     break
-            batch, measured = learning(state, kept, reference)
-            for _ in range(updates):
+            batch, measured = programs.learn_from(state, rolled, reference)
+            for _ in range(programs.updates):
                 state, metrics = learner.step(state, batch)
         if rounds > 1:
             metrics = metrics | {"rounds": jnp.float32(part + 1)}
@@ -493,7 +516,22 @@ def _reference(settings: Settings, model: Model, losses: LossSettings) -> Params
     return held
 
 
-def _loss_settings(settings: Settings, rollout: RolloutSettings) -> LossSettings:
+def rollout_settings(settings: Settings, template: Template) -> RolloutSettings:
+    """What `rollout.*` says of rollouts that are asked for by a template."""
+    return RolloutSettings(
+        group=settings.at_least("rollout.group", 2),
+        temperature=float(settings["rollout.temperature"]),
+        max_new_tokens=settings.at_least("rollout.max_new_tokens", 1),
+        low=template.low,
+        high=template.high,
+        verdict=bool(settings["prompt.verdict"]),
+        overlong_buffer=settings.at_least("rollout.overlong_buffer", 0),
+        overlong_scale=float(settings["rollout.overlong_scale"]),
+    )
+
+
+def loss_settings(settings: Settings, rollout: RolloutSettings) -> LossSettings:
+    """What `loss.*` says."""
     aggregate = settings.choice("loss.aggregate", get_args(Aggregate))
     ratio = settings.choice("loss.ratio", get_args(Ratio))
     return LossSettings(

@@ -1,0 +1,134 @@
+"""Compiles the programs of a stage ahead of time and reads what they cost."""
+
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from grm_jax.plan import hlo
+from grm_jax.plan.chips import GIB, Topology
+from grm_jax.plan.paper import count_on_paper
+from grm_jax.plan.report import Memory, ProgramReport, traffic_of
+from grm_jax.plan.sizes import argument_bytes, bound_of, held_bytes
+from grm_jax.plan.stages import Program, Stage, assumed_outputs
+from grm_jax.plan.work import flops, model_flops
+
+_NEEDS = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+def plan_stage(
+    stage: Stage,
+    topology: Topology,
+    *,
+    only: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[ProgramReport, ...]:
+    """Plans all programs of a stage, each with what the one before gives.
+
+    Args:
+      stage: The stage, on a mesh of the topology's devices.
+      topology: What is compiled for.
+      only: The names of those that are wanted; all if empty.
+      say: Is told what is being done.
+    """
+    outputs: dict[str, Any] = {}
+    reports = []
+    with stage.here():
+        for step in stage.steps:
+            program = step(outputs)
+            if only and program.name not in only:
+                shapes = jax.eval_shape(program.function, *program.arguments)
+                outputs[program.name] = assumed_outputs(shapes, stage.mesh)
+                continue
+            say(f"{stage.name}: {program.name}")
+            report, outputs[program.name] = plan_program(program, stage, topology)
+            reports.append(report)
+    return tuple(reports)
+
+
+def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[ProgramReport, Any]:
+    """Plans one program: compiles it, where there is a compiler.
+
+    Args:
+      program: The program.
+      stage: Its stage, in whose context this is called.
+      topology: What is compiled for.
+
+    Returns:
+      What it costs, and its outputs as `jax.ShapeDtypeStruct`s with shardings. Where the compiler
+      finds that it cannot fit, costs are counted on paper.
+    """
+    began = time.perf_counter()
+    traced = program.function.trace(*program.arguments)
+    given = argument_bytes(program, traced.jaxpr)
+    beside = held_bytes(stage.held) - given.held
+    shapes = traced.out_info
+    on_paper = functools.partial(count_on_paper, program, stage, topology, given, beside=beside)
+    if topology.chip.kind == "gpu":
+        return on_paper(), assumed_outputs(shapes, stage.mesh)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needs = needed_bytes(str(error))
+        if needs is None:
+            raise
+        return on_paper(needs=needs), assumed_outputs(shapes, stage.mesh)
+    seconds = time.perf_counter() - began
+    cost = read_cost(compiled.as_text(), program.turns, topology)
+    analysis = compiled.memory_analysis()
+    memory = Memory(
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        beside=beside,
+        capacity=int(topology.chip.memory),
+    )
+    report = ProgramReport(
+        name=program.name,
+        method="compiled",
+        memory=memory,
+        needs=None,
+        flops=cost.flops,
+        analytic_flops=flops(stage.config, program.work) / topology.chips,
+        model_flops=model_flops(stage.config, program.work) / topology.chips,
+        moved=cost.moved,
+        traffic=traffic_of(cost),
+        bound=bound_of(cost, topology),
+        tokens=program.tokens,
+        times=program.times,
+        loops=program.turns if cost.unknown else 0,
+        seconds=seconds,
+    )
+    outputs = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        compiled.output_shardings,
+    )
+    return report, outputs
+
+
+def read_cost(text: str, turns: int, topology: Topology) -> hlo.Cost:
+    """The cost of a compiled module's text on a topology's chips."""
+    size = math.prod(topology.shape)
+    return hlo.program_cost(
+        text, turns=turns, slice_of=lambda chip: chip // size, kernel_flops=kernel_flops
+    )
+
+
+def kernel_flops(call: hlo.Instruction, operands: Sequence[hlo.Array]) -> float:
+    """FLOPs of a call of one of the decoder's kernels, of which the compiler knows nothing."""
+    del operands
+    return hlo.known_cost_estimate(call.attributes)
+
+
+def needed_bytes(message: str) -> int | None:
+    """What a chip would have to hold, from the compiler's complaint; None if it is another one."""
+    found = _NEEDS.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
