@@ -232,12 +232,14 @@ def _instruction(head: re.Match[str], rest: str) -> Instruction:
     kind, rest = _split(rest) if rest.startswith("(") else rest.split(" ", 1)
     opcode, _, rest = rest.strip().partition("(")
     operands, attributes = _split("(" + rest)
+    # What stands in the parentheses of these is a number.
+    plain = opcode in ("constant", "parameter")
     return Instruction(
         name=head[2],
         opcode=opcode,
         arrays=arrays_of(kind),
-        operands=tuple(_NAME.findall(operands)) if opcode not in ("constant", "parameter") else (),
-        attributes=attributes if opcode != "parameter" else operands + attributes,
+        operands=() if plain else tuple(_NAME.findall(operands)),
+        attributes=operands + attributes if plain else attributes,
         root=head[1] is not None,
     )
 
