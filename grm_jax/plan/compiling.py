@@ -15,7 +15,7 @@ from grm_jax.plan.paper import count_on_paper
 from grm_jax.plan.report import Memory, ProgramReport, traffic_of
 from grm_jax.plan.sizes import argument_bytes, bound_of, held_bytes
 from grm_jax.plan.stages import Program, Stage, assumed_outputs
-from grm_jax.plan.work import flops, model_flops
+from grm_jax.plan.work import flops, kernel_flops, model_flops
 
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -79,7 +79,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
             raise
         return on_paper(needs=needs), assumed_outputs(shapes, stage.mesh)
     seconds = time.perf_counter() - began
-    cost = read_cost(compiled.as_text(), program.turns, topology)
+    cost = read_cost(compiled.as_text(), program, stage, topology)
     analysis = compiled.memory_analysis()
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
@@ -96,7 +96,10 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
         memory=memory,
         needs=None,
         flops=cost.flops,
-        analytic_flops=flops(stage.config, program.work) / topology.chips,
+        analytic_flops=flops(
+            stage.config, program.work, "splash" if topology.chip.kind == "tpu" else "xla"
+        )
+        / topology.chips,
         model_flops=model_flops(stage.config, program.work) / topology.chips,
         moved=cost.moved,
         traffic=traffic_of(cost),
@@ -114,18 +117,24 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
     return report, outputs
 
 
-def read_cost(text: str, turns: int, topology: Topology) -> hlo.Cost:
+def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> hlo.Cost:
     """The cost of a compiled module's text on a topology's chips."""
     size = math.prod(topology.shape)
+
+    def in_kernel(call: hlo.Instruction, operands: Sequence[hlo.Array]) -> float:
+        wide = [array.shape for array in operands if len(array.shape) >= 3 and array.dtype != "s8"]
+        if not wide:
+            return 0.0
+        # Queries come first; behind them keys and values.
+        values = wide[2] if len(wide) > 2 else wide[-1]
+        return kernel_flops(stage.config, call.name, call.attributes, wide[0], values)
+
     return hlo.program_cost(
-        text, turns=turns, slice_of=lambda chip: chip // size, kernel_flops=kernel_flops
+        text,
+        turns=program.turns,
+        slice_of=lambda chip: chip // size,
+        kernel_flops=in_kernel,
     )
-
-
-def kernel_flops(call: hlo.Instruction, operands: Sequence[hlo.Array]) -> float:
-    """FLOPs of a call of one of the decoder's kernels, of which the compiler knows nothing."""
-    del operands
-    return hlo.known_cost_estimate(call.attributes)
 
 
 def needed_bytes(message: str) -> int | None:

@@ -15,7 +15,6 @@ All numbers are those of one chip, since a compiled module is one chip's program
 """
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -209,7 +208,7 @@ def parse(text: str) -> tuple[Mapping[str, Computation], str]:
         if (head := _COMPUTATION.match(line)) is not None:
             name, lines = head[2], []
             entry = name if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":  # some attributes have lines of their own, which begin alike
             computations[name] = tuple(lines)
         elif (found := _INSTRUCTION.match(line)) is not None:
             lines.append(_instruction(found, _COMMENT.sub("", line[found.end() :])))
@@ -399,7 +398,10 @@ class _Reader:
         if one.opcode == "dynamic-update-slice":
             return 2 * taken[1] + sum(taken[2:])
         if one.opcode == "copy-start":
-            return sum(taken) + given / 2
+            # It gives the copy, what is copied, and a token.
+            return sum(taken) + (0 if one.arrays[0].fast else one.arrays[0].size)
+        if one.opcode == "custom-call" and '"AllocateBuffer"' in one.attributes:
+            return 0.0
         if one.opcode.endswith("-done"):
             return 0.0
         if one.opcode == "fusion":
@@ -530,7 +532,18 @@ def _valid_taps(
 
 
 def replica_groups(attributes: str) -> Iterator[tuple[int, ...]]:
-    """The groups of chips of a collective, from either way of writing them."""
+    """The groups of chips of a collective, from any of three ways of writing them."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh is not None:
+        names = re.findall(r"'([^']*)'=(\d+)", mesh[1])
+        sizes = [int(size) for _, size in names]
+        inside = set(re.findall(r"'([^']*)'", mesh[2]))
+        outer = [axis for axis, (name, _) in enumerate(names) if name not in inside]
+        inner = [axis for axis, (name, _) in enumerate(names) if name in inside]
+        each = math.prod(sizes[axis] for axis in inner)
+        order = _transposed(sizes, [*outer, *inner])
+        yield from (tuple(order[at : at + each]) for at in range(0, len(order), each))
+        return
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota is not None:
         groups, each = (int(size) for size in iota[1].split(","))
@@ -560,14 +573,3 @@ def _listed(text: str) -> list[tuple[int, ...]]:
         tuple(int(number) for number in group.split(",") if number)
         for group in re.findall(r"\{([\d,]*)\}", text)
     ]
-
-
-def known_cost_estimate(attributes: str) -> float:
-    """FLOPs that a kernel's call states in its `backend_config`; 0 if it states none."""
-    found = re.search(r'"cost_estimate":(\{[^{}]*\})', attributes.replace('\\"', '"'))
-    if not found:
-        return 0.0
-    try:
-        return float(json.loads(found[1]).get("flops", 0.0))
-    except ValueError:
-        return 0.0

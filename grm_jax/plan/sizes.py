@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 from grm_jax.plan.chips import Topology
 from grm_jax.plan.hlo import Cost
@@ -25,20 +26,22 @@ class Arguments(NamedTuple):
 
 
 def argument_bytes(program: Program, jaxpr: Any) -> Arguments:
-    """What of the arguments a traced program reads, in bytes of one chip's shards."""
-    inner = jaxpr.jaxpr
-    used = {id(variable) for equation in inner.eqns for variable in equation.invars}
-    used |= {id(variable) for variable in inner.outvars}
-    total = held = 0
-    variables = iter(inner.invars)
-    for place, argument in enumerate(program.arguments):
-        for leaf in jax.tree.leaves(argument):
-            if id(next(variables)) not in used:
-                continue
-            size = shard_bytes(leaf)
-            total += size
-            held += size * (place in program.held)
-    return Arguments(total, held)
+    """What of the arguments a traced program reads, in bytes of one chip's shards.
+
+    Args:
+      program: The program.
+      jaxpr: What it was traced to, a `ClosedJaxpr`. What it does not read in the end is dropped
+        when it is compiled, by the rule that is asked here.
+    """
+    outputs = [True] * len(jaxpr.jaxpr.outvars)
+    _, _, used = partial_eval.dce_jaxpr_consts(jaxpr.jaxpr, outputs)
+    places = [
+        (place in program.held, shard_bytes(leaf))
+        for place, argument in enumerate(program.arguments)
+        for leaf in jax.tree.leaves(argument)
+    ]
+    read = [one for one, kept in zip(places, used, strict=True) if kept]
+    return Arguments(sum(size for _, size in read), sum(size for held, size in read if held))
 
 
 def held_bytes(trees: Any) -> int:

@@ -6,11 +6,16 @@ implemented: keys that are masked within a block are multiplied too, and what is
 a gradient is counted again.
 """
 
-from typing import NamedTuple
+import math
+import re
+from typing import Literal, NamedTuple
 
 from grm_jax.models import DecoderConfig
 from grm_jax.models.config import Stack
-from grm_jax.models.kernels import MOST_BLOCKS, ROWS
+from grm_jax.models.kernels import BLOCK, LANES, MOST_BLOCKS, ROWS
+
+Kernel = Literal["xla", "splash"]
+"""Which implementation of attention runs; see `grm_jax.models.kernels`."""
 
 
 class Pass(NamedTuple):
@@ -57,9 +62,9 @@ class Work(NamedTuple):
     decoded: Decoded | None = None
 
 
-def flops(config: DecoderConfig, work: Work) -> float:
+def flops(config: DecoderConfig, work: Work, kernel: Kernel = "xla") -> float:
     """FLOPs of the work over all chips."""
-    total = sum(_pass_flops(config, one) for one in work.passes)
+    total = sum(_pass_flops(config, one, kernel) for one in work.passes)
     return total + (_decode_flops(config, work.decoded) if work.decoded else 0.0)
 
 
@@ -81,17 +86,50 @@ def _backward(config: DecoderConfig) -> int:
     return 2 if config.lora is None else 1
 
 
-def _pass_flops(config: DecoderConfig, one: Pass) -> float:
+def kernel_flops(
+    config: DecoderConfig, name: str, place: str, queries: tuple[int, ...], values: tuple[int, ...]
+) -> float:
+    """FLOPs of a call of splash attention, into which no compiler looks.
+
+    Args:
+      config: The decoder's.
+      name: Of the call.
+      place: Where in the program it is; a branch has the number of its window.
+      queries: Their shape, `[..., T, head_dim]`.
+      values: Theirs, `[..., S, value_dim]`.
+
+    Returns:
+      The FLOPs; 0 for a call of anything else.
+    """
+    shares = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+    share = next((found for kind, found in shares.items() if name.startswith(kind)), None)
+    if share is None:
+        return 0.0
+    *lead, length, size = queries
+    windows = sorted({min(window, length) for window in config.windows})
+    branch = re.search(r"cond/branch_(\d+)_fun", place)
+    window = windows[int(branch[1])] if branch and int(branch[1]) < len(windows) else windows[-1]
+    each = share[0] * size + share[1] * values[-1]
+    return 2.0 * math.prod(lead) * _in_blocks(length, window) * each
+
+
+def _pass_flops(config: DecoderConfig, one: Pass, kernel: Kernel) -> float:
     products, adapters = _products(config), _adapter_products(config)
-    pairs = sum(_scored(one.length, window) for window in config.windows) * _pair(config)
+    pairs = sum(_scored(one.length, window, kernel) for window in config.windows)
     logits = one.length * _logit_products(config) * one.logits
+    forwards = pairs * _pair(config)
     if not one.learns:
-        return 2.0 * one.rows * (one.length * (products + adapters) + pairs + logits)
+        return 2.0 * one.rows * (one.length * (products + adapters) + forwards + logits)
     again = 1 + config.remat
     each = one.length * products * (again + _backward(config))
     each += one.length * adapters * (again + 2)
-    # Scores are kept by nobody: the gradient takes them, and what they weigh, once more.
-    each += pairs * (1 + 1 + 2)
+    if kernel == "splash":
+        # Two kernels for the gradient, both of which take scores and their gradients anew.
+        key, value = _sizes(config)
+        each += forwards * again + pairs * config.num_heads * (4 * key + 3 * value)
+    else:
+        # Scores are kept by nobody: the gradient takes them, and what they weigh, once more.
+        each += forwards * (1 + 1 + 2)
     each += logits * (2 + _backward(config))
     return 2.0 * one.rows * each
 
@@ -152,8 +190,13 @@ def _adapter_products(config: DecoderConfig) -> int:
 
 def _pair(config: DecoderConfig) -> int:
     """Multiply-adds of a query and a key in one layer, where keys are written out."""
-    value = config.head_dim if config.latent is None else config.latent.value_dim
-    return config.num_heads * (config.head_dim + value)
+    return config.num_heads * sum(_sizes(config))
+
+
+def _sizes(config: DecoderConfig) -> tuple[int, int]:
+    """Elements of a key and of a value, where these are written out."""
+    latent = config.latent
+    return config.head_dim, config.head_dim if latent is None else latent.value_dim
 
 
 def _logit_products(config: DecoderConfig) -> int:
@@ -166,8 +209,11 @@ def _seen(length: int, window: int) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _scored(length: int, window: int) -> int:
-    """Pairs that plain attention scores: whole blocks of queries with all that any of them sees."""
+def _scored(length: int, window: int, kernel: Kernel) -> int:
+    """Pairs that are scored: those of plain attention are whole blocks of queries with all keys
+    that any of them sees."""
+    if kernel == "splash":
+        return _in_blocks(length, window)
     if length > ROWS * MOST_BLOCKS:
         return -(-length // ROWS) * ROWS * length
     total = 0
@@ -175,3 +221,12 @@ def _scored(length: int, window: int) -> int:
         end = min(begin + ROWS, length)
         total += (end - begin) * (end - max(0, begin - window + 1))
     return total
+
+
+def _in_blocks(length: int, window: int) -> int:
+    """Pairs of queries and keys that splash attention scores: blocks in which anything is seen."""
+    block = min(BLOCK, -(-length // LANES) * LANES)
+    blocks = -(-length // block)
+    # In the block of queries i, the first key that is seen is window - 1 before the first query.
+    first = (max(0, (index * block - window + 1) // block) for index in range(blocks))
+    return sum(index - start + 1 for index, start in enumerate(first)) * block**2

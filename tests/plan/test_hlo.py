@@ -51,7 +51,7 @@ ENTRY %main (x.1: f32[8,16], w.1: f32[5,16,4]) -> f32[8,16] {
   %last = f32[8,16]{1,0} get-tuple-element(%loop), index=1
   ROOT %reduced = f32[8,16]{1,0} all-reduce(%last), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_loops_are_multiplied_out() -> None:
@@ -62,9 +62,7 @@ def test_loops_are_multiplied_out() -> None:
 
 
 def test_the_number_of_turns_may_be_stated() -> None:
-    stated = TEXT.replace(
-        "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
-    )
+    stated = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert program_cost(stated).flops == 3 * 2 * 8 * 16 * 4
     # Where data decides, the caller says how many turns there are.
     unknown = TEXT.replace("direction=LT", "direction=NE")
@@ -97,6 +95,8 @@ def test_collectives_by_kind_and_size() -> None:
         ("replica_groups=[2,2]<=[4]", [(0, 1), (2, 3)]),
         ("replica_groups=[2,2]<=[2,2]T(1,0), x=1", [(0, 2), (1, 3)]),
         ("replica_groups=[4,2]<=[2,2,2]T(2,0,1)", [(0, 2), (4, 6), (1, 3), (5, 7)]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, x", [(0, 1), (2, 3)]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, x", [(0, 2), (1, 3)]),
     ],
 )
 def test_both_ways_of_writing_groups(text: str, groups: list[tuple[int, ...]]) -> None:
@@ -128,7 +128,7 @@ ENTRY %main (a: bf16[3,6,32], b: bf16[3,32,9]) -> f32[3,6,9] {
   %b = bf16[3,32,9]{2,1,0} parameter(1)
   ROOT %c = f32[3,6,9]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf
 }
-"""
+"""  # noqa: E501
 
 
 def test_products_that_are_written_as_convolutions() -> None:
