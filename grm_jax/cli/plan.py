@@ -1,6 +1,7 @@
 """`grm-jax plan`: whether a run fits on chips that are not here, and what bounds it."""
 
 import argparse
+import contextlib
 import json
 import sys
 
@@ -62,7 +63,9 @@ def _prepare(topology: Topology) -> None:
     # A program for other chips is of no use to a later run on this machine.
     jax.config.update("jax_enable_compilation_cache", False)
     if topology.chip.kind != "tpu":
-        jax.config.update("jax_num_cpu_devices", topology.chips)
+        # Where JAX has begun already, it must have enough of them, which is looked at later.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", topology.chips)
 
 
 def show(report: Report, console: Console) -> None:

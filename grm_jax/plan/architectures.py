@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 
 from grm_jax import checkpoints
+from grm_jax.checkpoints import orbax
 from grm_jax.checkpoints.hub_config import config_from_hub
 from grm_jax.checkpoints.safetensors import CONFIG
 from grm_jax.checkpoints.sources import HUB
@@ -171,8 +172,9 @@ def decoder_of(name: str) -> DecoderConfig:
             f"the shape of {name} is not known without its config.json; give a folder that holds "
             "it: --config.model.name=FOLDER"
         )
-    file = Path(name).expanduser() / CONFIG
-    if file.is_file():
+    folder = Path(name).expanduser()
+    file = folder / CONFIG
+    if file.is_file() and not (folder / orbax.CONFIG).exists():
         try:
             return config_from_hub(json.loads(file.read_text()), file)
         except ValueError as error:

@@ -14,7 +14,7 @@ from grm_jax.models import DecoderConfig
 from grm_jax.plan.chips import Topology
 from grm_jax.plan.hlo import Collective, Cost, Traffic
 from grm_jax.plan.report import Memory, ProgramReport, traffic_of
-from grm_jax.plan.sizes import Arguments, bound_of, shard_bytes
+from grm_jax.plan.sizes import Arguments, bound_of, kernel_of, shard_bytes
 from grm_jax.plan.stages import Program, Stage
 from grm_jax.plan.work import Decoded, Pass, flops, model_flops
 
@@ -71,7 +71,7 @@ def count_on_paper(
     """
     shape = _shape(stage)
     cost = Cost(
-        flops=flops(stage.config, program.work) / topology.chips,
+        flops=flops(stage.config, program.work, kernel_of(topology)) / topology.chips,
         moved=_moved(shape, program),
     )
     for what, traffic in _collectives(shape, program, topology).items():
