@@ -4,7 +4,8 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,6 +19,10 @@ from grm_jax.plan.stages import Program, Stage, assumed_outputs
 from grm_jax.plan.work import flops, kernel_flops, model_flops
 
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# Of a program for CPUs that will not run, only what comes before machine code is of interest.
+_NO_CODE: Mapping[str, Any] = MappingProxyType(
+    {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
@@ -72,7 +77,8 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
     if topology.chip.kind == "gpu":
         return on_paper(), assumed_outputs(shapes, stage.mesh)
     try:
-        compiled = traced.lower().compile()
+        options = _NO_CODE if topology.chip.kind == "cpu" else {}
+        compiled = traced.lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         needs = needed_bytes(str(error))
         if needs is None:
