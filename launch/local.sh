@@ -12,18 +12,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need CONFIG WORKDIR
 processes=${PROCESSES:-2}
 train=(grm-jax train --config "$CONFIG" --workdir "$WORKDIR" --distributed "$@")
-pids=() stopped=
-
-stop() {
-  stopped=1
-  kill -TERM "${pids[@]}" 2>/dev/null || true
-}
 trap stop TERM INT
 
-start_all() {
-  local i pid code status=0 variables
-  local port=${PORT:-$((20000 + RANDOM % 20000))}
-  pids=()
+train_all() {
+  local i variables port=${PORT:-$((20000 + RANDOM % 20000))}
   for ((i = 0; i < processes; i++)); do
     variables=(
       "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port"
@@ -38,25 +30,9 @@ start_all() {
         "XLA_FLAGS=--xla_force_host_platform_device_count=${DEVICES:-1}"
       )
     fi
-    if [[ -n $dry_run ]]; then
-      run env "${variables[@]}" "${train[@]}"
-    else
-      env "${variables[@]}" "${train[@]}" &
-      pids+=($!)
-    fi
+    start env "${variables[@]}" "${train[@]}"
   done
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    code=0
-    # A signal ends the first wait, not the process.
-    wait "$pid" || code=$?
-    if ((code > 128)) && kill -0 "$pid" 2>/dev/null; then
-      code=0
-      wait "$pid" || code=$?
-    fi
-    ((code <= status)) || status=$code
-  done
-  if [[ -n $stopped ]]; then exit "$status"; fi
-  return "$status"
+  finish
 }
 
-retry start_all
+retry train_all

@@ -14,4 +14,11 @@ fi
 # shellcheck source=launch/common.sh
 source "$folder/common.sh"
 need CONFIG WORKDIR
-retry run grm-jax train --config "$CONFIG" --workdir "$WORKDIR" "$@"
+trap stop TERM INT
+
+train() {
+  start grm-jax train --config "$CONFIG" --workdir "$WORKDIR" "$@"
+  finish
+}
+
+retry train "$@"

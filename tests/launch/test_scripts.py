@@ -179,22 +179,24 @@ def test_a_wrong_call_is_not_repeated(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "\n"
 
 
-def test_a_signal_reaches_all_local_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "processes"), [("local.sh", 2), ("node.sh", 1)])
+def test_a_signal_reaches_all_processes(script: str, processes: int, tmp_path: Path) -> None:
     program(
         tmp_path,
         "grm-jax",
         f"""
-trap 'touch {tmp_path}/stopped$JAX_PROCESS_ID; exit 0' TERM
-touch {tmp_path}/ready$JAX_PROCESS_ID
+number=${{JAX_PROCESS_ID:-0}}
+trap 'touch {tmp_path}/stopped$number; exit 0' TERM
+touch {tmp_path}/ready$number
 while true; do sleep 0.05; done
 """,
     )
     job = subprocess.Popen(
-        ["bash", str(LAUNCH / "local.sh")],
+        ["bash", str(LAUNCH / script)],
         env={**os.environ, **SETTINGS, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
-    while not all((tmp_path / f"ready{number}").exists() for number in range(2)):
+    while not all((tmp_path / f"ready{number}").exists() for number in range(processes)):
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 0
-    assert all((tmp_path / f"stopped{number}").exists() for number in range(2))
+    assert all((tmp_path / f"stopped{number}").exists() for number in range(processes))
