@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.plan.chips import CHIPS, Chip, Topology, devices_of, parse_topology
+from grm_jax.plan.chips import CHIPS, Chip, Topology, devices_of, mesh_on, parse_topology
 from grm_jax.plan.compiling import plan_stage
 from grm_jax.plan.report import Change, Memory, ProgramReport, Report, StageReport
 from grm_jax.plan.search import nearest_change
@@ -74,7 +73,7 @@ def plan(
     reports = []
     for stage_name in stages or found:
         stage_config = found[stage_name]
-        mesh = make_mesh(stage_config.mesh.to_dict(), devices)
+        mesh = mesh_on(topology, stage_config.mesh.to_dict(), devices)
         stage = build_stage(stage_name, stage_config, mesh, platform=topology.chip.kind)
         programs = plan_stage(stage, topology, say=say)
         state = held_bytes(stage.held)

@@ -18,6 +18,7 @@ from typing import Literal, final
 import jax
 from jax.experimental import topologies
 
+from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
 
 Kind = Literal["tpu", "gpu", "cpu"]
@@ -292,3 +293,21 @@ def _tpu_devices(topology: Topology) -> Sequence[jax.Device]:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"topology {topology.text!r}: {reason}") from error
     return found.devices
+
+
+def mesh_on(
+    topology: Topology, shape: Mapping[str, int], devices: Sequence[jax.Device]
+) -> jax.sharding.Mesh:
+    """`make_mesh` on the devices of a topology.
+
+    Raises:
+      UsageError: As `make_mesh`, or the axes of the mesh do not follow those of the slice.
+    """
+    try:
+        return make_mesh(shape, devices)
+    except NotImplementedError as error:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1)
+        raise UsageError(
+            f"mesh {wanted} cannot be laid on {topology.text}: each of its axes must be a product "
+            "of whole axes of the slice"
+        ) from error

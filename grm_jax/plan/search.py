@@ -7,9 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.plan.chips import GIB, Topology
+from grm_jax.plan.chips import GIB, Topology, mesh_on
 from grm_jax.plan.compiling import plan_stage
 from grm_jax.plan.report import Change, ProgramReport
 from grm_jax.plan.sizes import held_bytes
@@ -111,5 +110,5 @@ def _changed(
 ) -> Stage:
     changed = ConfigDict(config.to_dict())
     changed.update_from_flattened_dict(dict(change))
-    mesh = make_mesh(changed.mesh.to_dict(), devices)
+    mesh = mesh_on(topology, changed.mesh.to_dict(), devices)
     return build_stage(name, changed, mesh, platform=topology.chip.kind)
