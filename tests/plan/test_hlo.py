@@ -155,3 +155,10 @@ def test_fusions_are_named_in_the_text() -> None:
     computations, entry = parse(TEXT)
     assert entry == "main"
     assert [one.opcode for one in computations["product"]][-1] == "dot"
+
+
+def test_attributes_may_have_lines_of_their_own() -> None:
+    text = TEXT.replace(
+        "calls=%product", 'calls=%product, frontend_attributes={kernel_metadata={\n"a":"{1}"\n}}'
+    )
+    assert program_cost(text).flops == program_cost(TEXT).flops

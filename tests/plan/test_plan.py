@@ -19,12 +19,10 @@ from ml_collections import ConfigDict
 from grm_jax.data.packing import PackedRows
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.models import family_config
 from grm_jax.plan import Report, StageReport, parse_topology, plan, stage_configs
 from grm_jax.plan.chips import CHIPS, devices_of
 from grm_jax.plan.compiling import needed_bytes
 from grm_jax.plan.search import candidates
-from grm_jax.plan.work import Decoded, Pass, Work, flops, model_flops
 from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training import sft, spct
 from grm_jax.training.config import Settings
@@ -146,33 +144,6 @@ def test_flops_of_remat_adapters_and_windows() -> None:
     config = small("rft", model__remat=True, model__shape=shape)
     (update,) = planned(config).programs
     assert update.flops == pytest.approx(update.analytic_flops, rel=0.02)
-
-
-def test_products_by_hand() -> None:
-    config = family_config(
-        "llama",
-        vocab_size=100,
-        num_layers=3,
-        width=8,
-        num_heads=2,
-        num_kv_heads=1,
-        mlp_dim=16,
-        max_context=64,
-    )
-    kernels = 3 * (8 * 4 * (2 + 1 + 1 + 2) + 3 * 8 * 16)
-    scores = 3 * 10 * 10 * 2 * (4 + 4)
-    one = Pass(rows=5, length=10, logits=True)
-    assert flops(config, Work((one,))) == 2 * 5 * (10 * kernels + scores + 10 * 8 * 100)
-    learns = one._replace(learns=True)
-    assert flops(config, Work((learns,))) == 2 * 5 * (
-        3 * 10 * kernels + 4 * scores + 4 * 10 * 8 * 100
-    )
-    # At the least, a query meets half of the keys, and nothing is done twice.
-    seen = 3 * 55 * 2 * (4 + 4)
-    assert model_flops(config, Work((learns,))) == 3 * 2 * 5 * (10 * kernels + seen + 10 * 8 * 100)
-    decoded = Decoded(prompts=5, samples=2, prompt=7, tokens=4)
-    each = kernels + 8 * 100 + 3 * (7 + 4) * 2 * (4 + 4)
-    assert flops(config, Work((), decoded)) == 2 * 5 * 2 * 4 * each
 
 
 def test_training_gathers_each_layer_by_itself(learning: StageReport) -> None:
