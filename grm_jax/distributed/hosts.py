@@ -45,12 +45,12 @@ class Place(NamedTuple):
     Attributes:
       coordinator: Host and port of process 0.
       processes: How many there are.
-      index: Which this is.
+      number: Which this is, from 0.
     """
 
     coordinator: str | None = None
     processes: int | None = None
-    index: int | None = None
+    number: int | None = None
 
 
 def place_of(environment: Mapping[str, str]) -> Place:
@@ -110,7 +110,7 @@ def join() -> None:
         jax.distributed.initialize(
             coordinator_address=place.coordinator,
             num_processes=place.processes,
-            process_id=place.index,
+            process_id=place.number,
             initialization_timeout=START,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=FINISH,

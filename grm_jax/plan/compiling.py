@@ -14,7 +14,7 @@ from grm_jax.plan import hlo
 from grm_jax.plan.chips import GIB, Topology
 from grm_jax.plan.paper import count_on_paper
 from grm_jax.plan.report import Memory, ProgramReport, traffic_of
-from grm_jax.plan.sizes import argument_bytes, bound_of, held_bytes, kernel_of
+from grm_jax.plan.sizes import argument_bytes, bound_of, held_bytes
 from grm_jax.plan.stages import Program, Stage, assumed_outputs
 from grm_jax.plan.work import flops, kernel_flops, model_flops
 
@@ -102,7 +102,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
         memory=memory,
         needs=None,
         flops=cost.flops,
-        analytic_flops=flops(stage.config, program.work, kernel_of(topology)) / topology.chips,
+        analytic_flops=flops(stage.config, program.work, topology.chip.kind) / topology.chips,
         model_flops=model_flops(stage.config, program.work) / topology.chips,
         moved=cost.moved,
         traffic=traffic_of(cost),

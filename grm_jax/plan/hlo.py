@@ -131,11 +131,13 @@ class Traffic:
       count: How often.
       payload: Bytes of the larger of what goes in and what comes out.
       wire: Bytes that leave each chip if parts travel in a ring.
+      largest: The payload of the largest single one.
     """
 
     count: float = 0
     payload: float = 0
     wire: float = 0
+    largest: float = 0
 
     def plus(self, other: "Traffic", times: float) -> "Traffic":
         """With another so many times."""
@@ -143,6 +145,7 @@ class Traffic:
             self.count + times * other.count,
             self.payload + times * other.payload,
             self.wire + times * other.wire,
+            max(self.largest, other.largest),
         )
 
 
@@ -348,7 +351,7 @@ class _Reader:
         payload = max(taken, given)
         share = (chips - 1) / chips
         wire = {"all-reduce": 2 * share * taken, "collective-permute": taken}
-        traffic = Traffic(1, payload, wire.get(kind, share * payload))
+        traffic = Traffic(1, payload, wire.get(kind, share * payload), payload)
         what = Collective(kind, chips, across)
         total.collectives[what] = total.collectives.get(what, Traffic()).plus(traffic, 1)
 

@@ -14,7 +14,7 @@ from grm_jax.models import DecoderConfig
 from grm_jax.plan.chips import Topology
 from grm_jax.plan.hlo import Collective, Cost, Traffic
 from grm_jax.plan.report import Memory, ProgramReport, traffic_of
-from grm_jax.plan.sizes import Arguments, bound_of, kernel_of, shard_bytes
+from grm_jax.plan.sizes import Arguments, bound_of, shard_bytes
 from grm_jax.plan.stages import Program, Stage
 from grm_jax.plan.work import Decoded, Pass, flops, model_flops
 
@@ -71,7 +71,7 @@ def count_on_paper(
     """
     shape = _shape(stage)
     cost = Cost(
-        flops=flops(stage.config, program.work, kernel_of(topology)) / topology.chips,
+        flops=flops(stage.config, program.work, topology.chip.kind) / topology.chips,
         moved=_moved(shape, program),
     )
     for what, traffic in _collectives(shape, program, topology).items():
@@ -214,7 +214,7 @@ def _collectives(shape: _Shape, program: Program, topology: Topology) -> dict[Co
         # The mesh's last axes are neighbours, so a group reaches as far as what lies inside it.
         what = Collective(kind, chips, chips * inner > topology.reach)
         wire = payload * (chips - 1) / chips * (2 if kind == "all-reduce" else 1)
-        found[what] = found.get(what, Traffic()).plus(Traffic(1, payload, wire), count)
+        found[what] = found.get(what, Traffic()).plus(Traffic(1, payload, wire, payload), count)
 
     inner = shape.tensor * shape.experts
     layer = _layer_weights(shape)

@@ -62,6 +62,7 @@ class Traffic:
       count: How often it happens.
       payload: Bytes that are gathered, reduced or sent, for each chip.
       wire: Bytes that leave each chip.
+      largest: The payload of the largest single one.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Traffic:
     count: float
     payload: float
     wire: float
+    largest: float
 
 
 @final
@@ -255,6 +257,7 @@ def traffic_of(cost: Cost) -> tuple[Traffic, ...]:
             count=traffic.count,
             payload=traffic.payload,
             wire=traffic.wire,
+            largest=traffic.largest,
         )
         for what, traffic in cost.collectives.items()
     ]

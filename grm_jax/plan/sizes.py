@@ -11,7 +11,6 @@ from grm_jax.plan.chips import Topology
 from grm_jax.plan.hlo import Cost
 from grm_jax.plan.report import Bound
 from grm_jax.plan.stages import Program
-from grm_jax.plan.work import Kernel
 
 
 class Arguments(NamedTuple):
@@ -68,8 +67,3 @@ def bound_of(cost: Cost, topology: Topology) -> Bound:
         links=near / chip.link,
         network=far / chip.network,
     )
-
-
-def kernel_of(topology: Topology) -> Kernel:
-    """Which implementation of attention the topology's chips run."""
-    return "splash" if topology.chip.kind == "tpu" else "xla"

@@ -330,7 +330,7 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
             turns=new,
             tokens=rows * new,
             work=Work(
-                (Pass(rows=prompts, length=size),),
+                (Pass(rows=prompts, length=size, cached=True),),
                 decoded=Decoded(prompts=prompts, samples=each, prompt=size, tokens=new),
             ),
         )

@@ -8,14 +8,12 @@ a gradient is counted again.
 
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from grm_jax.models import DecoderConfig
 from grm_jax.models.config import Stack
 from grm_jax.models.kernels import BLOCK, LANES, MOST_BLOCKS, ROWS
-
-Kernel = Literal["xla", "splash"]
-"""Which implementation of attention runs; see `grm_jax.models.kernels`."""
+from grm_jax.plan.chips import Kind
 
 
 class Pass(NamedTuple):
@@ -26,12 +24,14 @@ class Pass(NamedTuple):
       length: Tokens of each.
       learns: Whether there is a gradient.
       logits: Whether log-probabilities of the tokens are taken.
+      cached: Whether only keys and values are wanted of it.
     """
 
     rows: int
     length: int
     learns: bool = False
     logits: bool = False
+    cached: bool = False
 
 
 class Decoded(NamedTuple):
@@ -62,9 +62,9 @@ class Work(NamedTuple):
     decoded: Decoded | None = None
 
 
-def flops(config: DecoderConfig, work: Work, kernel: Kernel = "xla") -> float:
-    """FLOPs of the work over all chips."""
-    total = sum(_pass_flops(config, one, kernel) for one in work.passes)
+def flops(config: DecoderConfig, work: Work, kind: Kind = "gpu") -> float:
+    """FLOPs of the work over all chips, with the attention that chips of this kind run."""
+    total = sum(_pass_flops(config, one, kind) for one in work.passes)
     return total + (_decode_flops(config, work.decoded) if work.decoded else 0.0)
 
 
@@ -113,17 +113,21 @@ def kernel_flops(
     return 2.0 * math.prod(lead) * _in_blocks(length, window) * each
 
 
-def _pass_flops(config: DecoderConfig, one: Pass, kernel: Kernel) -> float:
+def _pass_flops(config: DecoderConfig, one: Pass, kind: Kind) -> float:
     products, adapters = _products(config), _adapter_products(config)
-    pairs = sum(_scored(one.length, window, kernel) for window in config.windows)
+    pairs = sum(_scored(one.length, window, kind) for window in config.windows)
     logits = one.length * _logit_products(config) * one.logits
     forwards = pairs * _pair(config)
+    if one.cached and kind == "cpu":
+        # CPUs have each layer by itself, and nothing comes of the last one but keys and values.
+        products -= _layer_products(config, config.stacks[-1]) - _key_products(config)
+        forwards -= _scored(one.length, config.windows[-1], kind) * _pair(config)
     if not one.learns:
         return 2.0 * one.rows * (one.length * (products + adapters) + forwards + logits)
     again = 1 + config.remat
     each = one.length * products * (again + _backward(config))
     each += one.length * adapters * (again + 2)
-    if kernel == "splash":
+    if kind == "tpu":
         # Two kernels for the gradient, both of which take scores and their gradients anew.
         key, value = _sizes(config)
         each += forwards * again + pairs * config.num_heads * (4 * key + 3 * value)
@@ -165,6 +169,14 @@ def _layer_products(config: DecoderConfig, stack: Stack) -> int:
     e = c.experts
     hidden = e.per_token * e.mlp_dim + e.shared_dim
     return attention + c.width * e.count + 3 * c.width * hidden
+
+
+def _key_products(config: DecoderConfig) -> int:
+    """Multiply-adds of a token with the kernels that make what a layer caches."""
+    c = config
+    if c.latent is None:
+        return c.width * c.head_dim * 2 * c.num_kv_heads
+    return c.width * (c.latent.rank + c.latent.rope_dim)
 
 
 def _adapter_products(config: DecoderConfig) -> int:
@@ -209,10 +221,9 @@ def _seen(length: int, window: int) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _scored(length: int, window: int, kernel: Kernel) -> int:
-    """Pairs that are scored: those of plain attention are whole blocks of queries with all keys
-    that any of them sees."""
-    if kernel == "splash":
+def _scored(length: int, window: int, kind: Kind) -> int:
+    """Pairs that are scored; plain attention takes blocks of queries with all that any sees."""
+    if kind == "tpu":
         return _in_blocks(length, window)
     if length > ROWS * MOST_BLOCKS:
         return -(-length // ROWS) * ROWS * length

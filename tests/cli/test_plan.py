@@ -92,7 +92,11 @@ PROGRAM = ProgramReport(
     analytic_flops=2e12,
     model_flops=1e12,
     moved=5e9,
-    traffic=(Traffic(kind="all-gather", chips=8, across=True, count=92, payload=4e9, wire=3.5e9),),
+    traffic=(
+        Traffic(
+            kind="all-gather", chips=8, across=True, count=92, payload=4e9, wire=3.5e9, largest=4e9
+        ),
+    ),
     bound=Bound(compute=0.02, memory=0.002, links=0.0, network=0.5),
     tokens=1000,
     times=1,

@@ -54,7 +54,7 @@ def test_attention_on_tpus() -> None:
     # Of four blocks of queries: with a window of 512 one block of keys, then two; or all before.
     scored = (1 + 2 + 2 + 2) + (1 + 2 + 3 + 4)
     pairs = scored * 512**2 * heads * 2 * size
-    assert flops(WINDOWED, one, "splash") == 2 * rows * (length * kernels + pairs)
+    assert flops(WINDOWED, one, "tpu") == 2 * rows * (length * kernels + pairs)
     # As the calls of the kernels are counted, one for each of two windows.
     shape = (rows, heads, length, size)
     forwards = [
@@ -70,7 +70,7 @@ def test_attention_on_tpus() -> None:
     assert backwards == sum(forwards) / 2 * (3 + 4)
     learns = Work((Pass(rows=rows, length=length, learns=True),))
     products = 2 * rows * 3 * length * kernels
-    assert flops(WINDOWED, learns, "splash") == products + sum(forwards) + backwards
+    assert flops(WINDOWED, learns, "tpu") == products + sum(forwards) + backwards
     assert kernel_flops(WINDOWED, "gmm.1", "", shape, shape) == 0
 
 
