@@ -273,8 +273,8 @@ _QUIET: Mapping[str, str] = MappingProxyType(
 def _tpu_devices(topology: Topology) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
-            "compiling for TPUs needs libtpu, which is not installed (it needs no TPU): "
-            "pip install libtpu, or this package with its extra [tpu]"
+            "compiling for TPUs needs libtpu, which is not installed (it needs no TPU): install "
+            "jax[tpu], or this package with its extra [tpu]"
         )
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from grm_jax.errors import UsageError
 from grm_jax.plan import hlo
 from grm_jax.plan.chips import GIB, Topology
 from grm_jax.plan.paper import count_on_paper
@@ -85,7 +86,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
             raise
         return on_paper(needs=needs), assumed_outputs(shapes, stage.mesh)
     seconds = time.perf_counter() - began
-    cost = read_cost(compiled.as_text(), program, stage, topology)
+    cost = read_cost(text_of(compiled), program, stage, topology)
     analysis = compiled.memory_analysis()
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
@@ -118,6 +119,22 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
         compiled.output_shardings,
     )
     return report, outputs
+
+
+def text_of(compiled: Any) -> str:
+    """A compiled program's text.
+
+    Raises:
+      UsageError: libtpu and jaxlib are of versions that do not go together.
+    """
+    try:
+        return str(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(
+            f"what libtpu compiled cannot be read ({reason}); install the version that goes with "
+            "this JAX: jax[tpu]"
+        ) from error
 
 
 def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> hlo.Cost:
