@@ -419,7 +419,8 @@ def train_classifier(
             settings=settings,
             workdir=workdir,
             learner=learner,
-            load=model.load,
+            load_params=model.load_params,
+            load_frozen=model.load_frozen,
             batches=groups,
             advance=advance,
         )

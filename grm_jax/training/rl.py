@@ -232,7 +232,8 @@ def run(settings: Settings, workdir: Path) -> bool:
             settings=settings,
             workdir=workdir,
             learner=learner,
-            load=model.load,
+            load_params=model.load_params,
+            load_frozen=model.load_frozen,
             batches=records,
             advance=make_advance(
                 model,
@@ -485,7 +486,7 @@ def _reference(settings: Settings, model: Model, losses: LossSettings) -> Params
         return None
     if kind == "base":
         return {}
-    held = model.load()[0]
+    held = model.load_params()
     if model.config.lora is None:
         # It is only ever computed with.
         dtype = jnp.dtype(model.config.dtype)

@@ -151,7 +151,8 @@ def train_on_sequences(
             settings=settings,
             workdir=workdir,
             learner=learner,
-            load=model.load,
+            load_params=model.load_params,
+            load_frozen=model.load_frozen,
             batches=batches,
             advance=advance,
         )

@@ -81,15 +81,13 @@ def make(settings: Settings, mesh: Mesh) -> Learner:
     )
 
 
-def load(learner: Learner) -> tuple[Any, Any]:
+def load(learner: Learner) -> Any:
     """The first parameters."""
     values = {
         "slope": np.linspace(-1, 1, SIZE, dtype=np.float32),
         "shift": {"bias": np.zeros(SIZE, np.float32)},
     }
-    return jax.tree.map(
-        lambda v, t: jax.device_put(v, t.sharding), values, learner.target.params
-    ), {}
+    return jax.tree.map(lambda v, t: jax.device_put(v, t.sharding), values, learner.target.params)
 
 
 def points(records: list[int], bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
@@ -133,7 +131,8 @@ def run(
             settings=settings,
             workdir=workdir,
             learner=learner,
-            load=lambda: load(learner),
+            load_params=lambda: load(learner),
+            load_frozen=dict,
             batches=data,
             advance=advance,
         )
