@@ -23,7 +23,13 @@ from grm_jax.data.packing import pad_prompts
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, abstract_params, cpu_decoder
 from grm_jax.prompts import Template, Tokenizer, encode_chat, render
-from grm_jax.rewards import extract_scores, outcome_reward, pointwise_outcome_reward, restore_order
+from grm_jax.rewards import (
+    extract_scores,
+    extract_verdicts,
+    outcome_reward,
+    pointwise_outcome_reward,
+    restore_order,
+)
 from grm_jax.sampling import Controls, decode, prefill, response_orders
 from grm_jax.sampling.scheduling import LENGTHS, bucket
 from grm_jax.training.groups import overlong_penalty
@@ -308,11 +314,9 @@ def judge_rollouts(
     read = functools.partial(extract_scores, tokens, lengths, table)
     single, single_valid = read(1, max_responses=1, low=0, high=1)
     if settings.verdict:
-        named, valid = read(1, max_responses=1, low=1, high=most)
-        valid = valid & (named[..., 0] <= counts)
+        named, valid = extract_verdicts(tokens, lengths, table, counts, max_responses=most)
         # The place that is named has the only point.
-        points = (named == jnp.arange(1, most + 1)) & valid[..., None]
-        scores = points.astype(jnp.float32)
+        scores = jax.nn.one_hot(named, most)
     else:
         scores, valid = read(counts, max_responses=most, low=settings.low, high=settings.high)
     scores = restore_order(scores, jnp.broadcast_to(order[:, None], scores.shape))
