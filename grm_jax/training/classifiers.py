@@ -347,7 +347,7 @@ class HeldOut:
         loss, metrics = self._measure(scores, labels, mask, count)
         out = {"loss": float(loss), **{name: float(value) for name, value in metrics.items()}}
         if self._objective.ranks:
-            out["auc"] = auc(scores.reshape(-1), labels.reshape(-1))
+            out["auc"] = auc(scores.reshape(-1), labels.reshape(-1) > 0.5)
         return out
 
 
