@@ -19,7 +19,7 @@ from grm_jax import GRM, checkpoints
 from grm_jax import judge as judge_module
 from grm_jax.errors import UsageError
 from grm_jax.prompts import parse_scores, tokenizer_from_folder
-from grm_jax.training import rft
+from grm_jax.training import rft, trajectories
 from grm_jax.training.config import Settings
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.trajectories import load_templates, load_trajectories
@@ -114,7 +114,7 @@ def finished(folder: Path) -> tuple[Path, list[Shown], str]:
     learn = rft.sft.train_on_sequences
     said = folder / "said"
     with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
-        patch.setattr(rft, "_sampling_mesh", lambda shape: None)
+        patch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
         patch.setattr(judge_module, "render", seen_render)
         patch.setattr(judge_module, "encode_chat", seen_encode)
         patch.setattr(GRM, "from_pretrained", seen_judge)
@@ -180,8 +180,9 @@ def test_what_is_finished_is_not_done_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("this was done before")
 
-    for name in ("sample_trajectories", "load_trajectories", "write_lines", "_load"):
+    for name in ("sample_trajectories", "load_trajectories", "write_lines"):
         monkeypatch.setattr(rft, name, refuse)
+    monkeypatch.setattr(GRM, "from_pretrained", refuse)
     rft.make_examples(settings(folder), finished[0])
     with pytest.raises(UsageError, match=r"was made with reject\.too_easy True and this run has F"):
         rft.make_examples(settings(folder, reject__too_easy=False), finished[0])
@@ -196,7 +197,7 @@ def test_processes_share_the_work(
     templates = load_templates(changed["prompt.template"], changed["prompt.single"])
     found = rft.all_comparisons(rft.comparison_sources(changed, tmp_path))
     usable = [item for item in found if templates.of(item) is not None]
-    monkeypatch.setattr(rft, "_sampling_mesh", lambda shape: None)
+    monkeypatch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
