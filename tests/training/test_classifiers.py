@@ -20,7 +20,7 @@ from grm_jax.errors import UsageError
 from grm_jax.models import split_lora
 from grm_jax.prompts import load_template
 from grm_jax.sampling import MetaModel
-from grm_jax.training import bt, cloud, meta, pairwise
+from grm_jax.training import bt, cloud, meta, pairs, pairwise
 from grm_jax.training.classifiers import (
     Group,
     HeldOut,
@@ -238,7 +238,8 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def call(stage: ModuleType, *, name: str = "w", **changes: Any) -> Path:
         one = make_mesh({}, jax.devices()[:1])
-        monkeypatch.setattr(stage, "make_mesh", lambda shape: one if shape else None)
+        for module in (pairs, meta):
+            monkeypatch.setattr(module, "make_mesh", lambda shape: one if shape else None)
         if "template" in stage.default_config().data:
             changes.setdefault("data__template", str(folder / "short.jinja"))
         stage.run(scalar.settings(stage.default_config, folder, **changes), tmp_path / name)
@@ -323,44 +324,36 @@ def held(name: str) -> bool:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[list[str]]]:
-    """Keeps a stage from training, and returns the texts of the groups that it would measure on."""
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Keeps a stage from training, and holds the texts of the groups that it would measure on."""
+    texts: list[list[str]] = []
 
-    def watch(stage: ModuleType) -> list[list[str]]:
-        texts: list[list[str]] = []
+    def read(*arguments: Any) -> bool:
+        _, _, _, model, data, objective = arguments
+        assert objective.sequences == 2
+        for group in data.heldout:
+            assert group.labels == (1.0, 0.0)
+            texts.append([model.tokenizer.decode(ids.tolist()) for ids in group.sequences])
+        return False
 
-        def read(*arguments: Any) -> bool:
-            _, _, _, model, data, objective = arguments
-            assert objective.sequences == 2
-            for group in data.heldout:
-                assert group.labels == (1.0, 0.0)
-                texts.append([model.tokenizer.decode(ids.tolist()) for ids in group.sequences])
-            return False
-
-        monkeypatch.setattr(stage, "train_classifier", read)
-        return texts
-
-    return watch
+    monkeypatch.setattr(pairs, "train_classifier", read)
+    return texts
 
 
-def test_pairs_are_shown_in_both_orders(
-    run: Run, shown: Callable[[ModuleType], list[list[str]]]
-) -> None:
-    texts = shown(pairwise)
+def test_pairs_are_shown_in_both_orders(run: Run, shown: list[list[str]]) -> None:
     run(pairwise)
-    assert len(texts) == 14
-    for best_first, best_last in texts:
+    assert len(shown) == 14
+    for best_first, best_last in shown:
         assert "|!!!!!!|??????" in best_first
         assert best_first.replace("|!!!!!!|??????", "|??????|!!!!!!") == best_last
 
 
 def test_responses_are_shown_with_their_critiques(
-    run: Run, folder: Path, shown: Callable[[ModuleType], list[list[str]]]
+    run: Run, folder: Path, shown: list[list[str]]
 ) -> None:
-    texts = shown(cloud)
     run(cloud, data__critiques=(str(folder / "critiques.jsonl"),))
-    assert texts
-    for best, other in texts:
+    assert shown
+    for best, other in shown:
         for text, response in ((best, "!!!!!!"), (other, "??????")):
             asked, answered = text.split("assistant")
             assert f"|{response}" in asked
