@@ -32,14 +32,14 @@ from grm_jax.training.checkpointing import write_atomically
 from grm_jax.training.config import Settings
 from grm_jax.training.heldout import auc
 from grm_jax.training.learner import Learner, Loss, check_rows, make_learner
-from grm_jax.training.loop import Advanced, Run, train
+from grm_jax.training.loop import Advanced
 from grm_jax.training.losses import (
     Metrics,
     binary_reward_loss,
     bradley_terry_loss,
     loss_denominator,
 )
-from grm_jax.training.model import Model, save_model
+from grm_jax.training.model import Model, train_model
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.state import TrainState
 
@@ -414,21 +414,17 @@ def train_classifier(
         metrics |= {name: jnp.asarray(value, jnp.float32) for name, value in more.items()}
         return Advanced(state=after, metrics=metrics, learnt=padded)
 
-    outcome = train(
-        Run(
-            settings=settings,
-            workdir=workdir,
-            learner=learner,
-            load_params=model.load_params,
-            load_frozen=model.load_frozen,
-            batches=groups,
-            advance=advance,
-        )
+    state = train_model(
+        model,
+        settings=settings,
+        workdir=workdir,
+        learner=learner,
+        batches=groups,
+        advance=advance,
     )
-    if not outcome.finished:
+    if state is None:
         return False
-    save_model(model, outcome.state, workdir / "model")
-    found = heldout.measure(outcome.state)
+    found = heldout.measure(state)
     problems = Counter(group.problem for group in data.heldout if group.problem)
     if jax.process_index() == 0:
         report = {

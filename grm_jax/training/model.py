@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from grm_jax import checkpoints
+from grm_jax.data.pipeline import Batches
 from grm_jax.distributed import tree_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import (
@@ -37,7 +38,9 @@ from grm_jax.models import (
 from grm_jax.prompts import Tokenizer, save_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training.config import Settings
+from grm_jax.training.learner import Learner
 from grm_jax.training.logprobs import token_logprobs
+from grm_jax.training.loop import Advanced, Run, train
 from grm_jax.training.state import TrainState, shardings_of
 
 NANO = "nano"
@@ -252,6 +255,51 @@ def _load_whole(base: _Base, placed: Placed) -> Params:
     if base.config.num_labels:
         whole[HEAD] = placed.params[HEAD]
     return base.load(jnp.dtype(base.config.dtype), shardings_of(whole))
+
+
+def train_model(
+    model: Model,
+    *,
+    settings: Settings,
+    workdir: Path,
+    learner: Learner,
+    batches: Batches[Any],
+    advance: Callable[[Any, Any], Advanced],
+    updates: int = 1,
+) -> TrainState | None:
+    """Trains a model, and saves what becomes of it as `model` in the working directory.
+
+    Args:
+      model: The model.
+      settings: As in `Run`, like the rest.
+      workdir: Likewise.
+      learner: Likewise.
+      batches: Likewise.
+      advance: Likewise.
+      updates: Likewise.
+
+    Returns:
+      The state after the last step; None if the run was asked to stop before.
+
+    Raises:
+      UsageError: As `train`.
+    """
+    outcome = train(
+        Run(
+            settings=settings,
+            workdir=workdir,
+            learner=learner,
+            load_params=model.load_params,
+            load_frozen=model.load_frozen,
+            batches=batches,
+            advance=advance,
+            updates=updates,
+        )
+    )
+    if not outcome.finished:
+        return None
+    save_model(model, outcome.state, workdir / "model")
+    return outcome.state
 
 
 def save_model(model: Model, state: TrainState, folder: Path) -> None:

@@ -24,9 +24,8 @@ from grm_jax.training.comparisons import comparison_data, comparison_sources
 from grm_jax.training.config import Settings, base_config
 from grm_jax.training.grpo import LossSettings, make_advance, make_programs
 from grm_jax.training.learner import check_rows
-from grm_jax.training.loop import Run, train
 from grm_jax.training.losses import Aggregate, Ratio
-from grm_jax.training.model import Model, open_model, save_model
+from grm_jax.training.model import Model, open_model, train_model
 from grm_jax.training.rollouts import RolloutSettings, TaskMaker
 
 
@@ -145,26 +144,19 @@ def run(settings: Settings, workdir: Path) -> bool:
     )
     losses = loss_settings(settings, rollout)
     programs = make_programs(settings, mesh, model, rollout, losses)
-    outcome = train(
-        Run(
-            settings=settings,
-            workdir=workdir,
-            learner=programs.learner,
-            load_params=model.load_params,
-            load_frozen=model.load_frozen,
-            batches=records,
-            advance=make_advance(
-                programs,
-                maker.pad,
-                rounds=rounds,
-                reference=_reference(settings, model, losses),
-            ),
-            updates=programs.updates,
-        )
+    advance = make_advance(
+        programs, maker.pad, rounds=rounds, reference=_reference(settings, model, losses)
     )
-    if outcome.finished:
-        save_model(model, outcome.state, workdir / "model")
-    return outcome.finished
+    state = train_model(
+        model,
+        settings=settings,
+        workdir=workdir,
+        learner=programs.learner,
+        batches=records,
+        advance=advance,
+        updates=programs.updates,
+    )
+    return state is not None
 
 
 def rollout_settings(settings: Settings, template: Template) -> RolloutSettings:
