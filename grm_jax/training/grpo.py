@@ -220,8 +220,9 @@ def make_programs(
 
 def make_advance(
     programs: Programs,
-    pad: Callable[[Sequence[Task]], Tasks],
+    pad: Callable[[Sequence[Task], int], Tasks],
     *,
+    size: int,
     rounds: int,
     reference: Params | None,
 ) -> Callable[[TrainState, Sequence[Task]], Advanced]:
@@ -229,7 +230,9 @@ def make_advance(
 
     Args:
       programs: What it runs.
-      pad: Puts tasks in arrays.
+      pad: Puts tasks in arrays of as many rows as are asked for, so that one program does where the
+        last batch is short.
+      size: B, prompts of a round.
       rounds: In how many parts a batch of tasks is rolled out, if the first leaves groups that
         teach nothing; those of later parts take their place.
       reference: See `Programs.learn_from`.
@@ -237,12 +240,11 @@ def make_advance(
     learner = programs.learner
 
     def advance(state: TrainState, tasks: Sequence[Task]) -> Advanced:
-        size = len(tasks) // rounds
         kept: Rolled | None = None
+        parts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         with learner.here():
-            for part in range(rounds):
-                placed = learner.put(pad(tasks[part * size : (part + 1) * size]))
-                rolled = programs.roll(state, placed, part)
+            for tried, part in enumerate(parts, 1):
+                rolled = programs.roll(state, learner.put(pad(part, size)), tried - 1)
                 if rounds == 1:
                     break
                 kept, useful = programs.choose(rolled, kept)
@@ -253,7 +255,7 @@ def make_advance(
             for _ in range(programs.updates):
                 state, metrics = learner.step(state, batch)
         if rounds > 1:
-            metrics = metrics | {"rounds": jnp.float32(part + 1)}
+            metrics = metrics | {"rounds": jnp.float32(tried)}
         return Advanced(state=state, metrics=metrics | measured, learnt=batch)
 
     return advance

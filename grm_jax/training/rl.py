@@ -131,13 +131,13 @@ def run(settings: Settings, workdir: Path) -> bool:
             f"batch.rows is {rows}; it counts rollouts, so it must be a multiple of rollout.group, "
             f"{rollout.group}"
         )
-    rounds = 1 + settings.at_least("rollout.refills", 0)
+    size, rounds = rows // rollout.group, 1 + settings.at_least("rollout.refills", 0)
     records = batches(
         [
             Source(name=source.name, records=Mapped(source.records, maker), weight=source.weight)
             for source in comparison_sources(settings, workdir)
         ],
-        batch_size=rounds * rows // rollout.group,
+        batch_size=rounds * size,
         seed=maker.seed,
         epochs=settings.at_least("data.epochs", 0) or None,
         threads=settings.at_least("data.threads", 0),
@@ -145,7 +145,11 @@ def run(settings: Settings, workdir: Path) -> bool:
     losses = loss_settings(settings, rollout)
     programs = make_programs(settings, mesh, model, rollout, losses)
     advance = make_advance(
-        programs, maker.pad, rounds=rounds, reference=_reference(settings, model, losses)
+        programs,
+        maker.pad,
+        size=size,
+        rounds=rounds,
+        reference=_reference(settings, model, losses),
     )
     state = train_model(
         model,

@@ -50,6 +50,10 @@ class Task(NamedTuple):
     answer: int
 
 
+UNUSABLE = Task((0, 0), (0,), -1)
+"""Stands in for a comparison that cannot be used, and for one that is missing."""
+
+
 class Tasks(NamedTuple):
     """B of them in arrays.
 
@@ -122,7 +126,6 @@ class TaskMaker:
 
     def __call__(self, comparison: Comparison) -> Task:
         """The task, or one whose answer is -1 if the comparison has no label or is too long."""
-        unusable = Task((0, 0), (0,), -1)
         count = len(comparison.responses)
         if count == 1:
             label = comparison.label
@@ -131,7 +134,7 @@ class TaskMaker:
         else:
             template, answer = self.template, best_index(comparison)
         if template is None or answer is None or count > self.max_responses:
-            return unusable
+            return UNUSABLE
         order = response_orders(
             "shuffle", record_id=comparison.id, num_responses=count, samples=1, seed=self.seed
         )[0]
@@ -140,10 +143,16 @@ class TaskMaker:
         ]
         shown = [comparison.responses[index] for index in order]
         tokens = encode_chat(self.tokenizer, render(template, messages, shown))
-        return unusable if len(tokens) > self.max_tokens else Task(tokens, order, answer)
+        return UNUSABLE if len(tokens) > self.max_tokens else Task(tokens, order, answer)
 
-    def pad(self, tasks: Sequence[Task]) -> Tasks:
-        """The tasks in arrays, prompts padded to the least of a few lengths that holds them."""
+    def pad(self, tasks: Sequence[Task], rows: int) -> Tasks:
+        """The tasks in arrays, prompts padded to the least of a few lengths that holds them.
+
+        Args:
+          tasks: At most B of them.
+          rows: B; what is missing cannot be used.
+        """
+        tasks = [*tasks, *(UNUSABLE for _ in range(rows - len(tasks)))]
         sizes = (*(size for size in LENGTHS if size < self.max_tokens), self.max_tokens)
         prompts = pad_prompts(
             [task.tokens for task in tasks], bucket=lambda size: bucket(size, sizes)

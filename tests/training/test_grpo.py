@@ -12,11 +12,21 @@ import transformers
 
 from grm_jax.checkpoints import save_folder
 from grm_jax.distributed import make_mesh
+from grm_jax.prompts import load_template
+from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training import loss_denominator
-from grm_jax.training.grpo import Experience, LossSettings, choose, make_loss, to_experience
-from grm_jax.training.learner import make_learner
+from grm_jax.training.grpo import (
+    Experience,
+    LossSettings,
+    Programs,
+    choose,
+    make_advance,
+    make_loss,
+    to_experience,
+)
+from grm_jax.training.learner import Learner, make_learner
 from grm_jax.training.optimizer import make_optimizer
-from grm_jax.training.rollouts import Rolled
+from grm_jax.training.rollouts import Rolled, Task, TaskMaker, Tasks
 from tests.training import tiny
 
 LOSS = LossSettings(
@@ -31,6 +41,15 @@ LOSS = LossSettings(
     importance_cap=0.0,
     max_length=4,
     temperature=1.0,
+)
+
+MAKER = TaskMaker(
+    tokenizer=nano_tokenizer(),
+    template=load_template("compact"),
+    single=None,
+    max_tokens=8,
+    max_responses=2,
+    seed=0,
 )
 
 
@@ -113,6 +132,51 @@ def test_groups_that_teach_take_the_place_of_those_that_do_not() -> None:
     assert kept.tokens.shape == (3, 2, 9)
     np.testing.assert_array_equal(kept.tokens[0, :, :7], first.tokens[1])
     np.testing.assert_array_equal(kept.tokens[1], wide.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("rounds", "tasks", "answers"),
+    [
+        (1, 2, [[0, 1]]),
+        (1, 1, [[0, -1]]),
+        (2, 4, [[0, 1], [2, 3]]),
+        (2, 3, [[0, 1], [2, -1]]),
+        (2, 1, [[0, -1]]),
+    ],
+)
+def test_a_short_batch_is_filled_up(rounds: int, tasks: int, answers: list[list[int]]) -> None:
+    """The last one of all, which must neither be another program nor lose a comparison."""
+    seen: list[Tasks] = []
+
+    def roll(state: object, placed: Tasks, part: object) -> Rolled:
+        assert part == len(seen)
+        seen.append(placed)
+        return rolled([[1, 1], [1, 1]], [answer >= 0 for answer in placed.answers.tolist()])
+
+    def learn_from(
+        state: object, found: Rolled, reference: object
+    ) -> tuple[Experience, dict[str, jax.Array]]:
+        return to_experience(found, LOSS, accumulate=1)
+
+    learner = Learner(
+        mesh=make_mesh({}, jax.devices()[:1]),
+        target=None,  # type: ignore[arg-type]
+        accumulate=1,
+        init=lambda *_: None,  # type: ignore[arg-type, return-value]
+        step=lambda state, batch: (state, {}),
+    )
+    advance = make_advance(
+        Programs(learner=learner, updates=1, roll=roll, learn_from=learn_from, choose=choose),
+        MAKER.pad,
+        size=2,
+        rounds=rounds,
+        reference=None,
+    )
+    found = advance(None, [Task((5,) * 3, (0, 1), number) for number in range(tasks)])  # type: ignore[arg-type]
+    assert [placed.answers.tolist() for placed in seen] == answers
+    assert {placed.tokens.shape for placed in seen} == {(2, 8)}
+    assert int(found.learnt.mask.any(axis=-1).sum()) == 2 * min(tasks, 2)
+    assert rounds == 1 or float(found.metrics["rounds"]) == len(answers)
 
 
 def torch_step(folder: Path, batch: Experience, beta: float, rate: float) -> dict[str, np.ndarray]:

@@ -191,7 +191,13 @@ def test_a_program_is_compiled_once_for_each_length(folder: Path, tmp_path: Path
         run(folder, tmp_path / "few", steps=2, checkpoint__every=50)
         few = len(compiled)
         run(folder, tmp_path / "many", steps=50, checkpoint__every=50)
+        many = len(compiled)
+        # Of the last batch half is missing.
+        some = (f"{folder / 'comparisons.jsonl'}#0:36",)
+        found = run(folder, tmp_path / "all", steps=5, data__epochs=1, data__comparisons=some)
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     # A run compiles its own programs, however long it is.
-    assert len(compiled) - few <= few
+    assert many - few <= few
+    assert len(compiled) - many <= few
+    assert [line["unusable_prompts"] for line in found] == [0, 0, 0, 0, 0.5]
