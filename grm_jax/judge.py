@@ -49,13 +49,20 @@ DEFAULT_TEMPLATE = "compact"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A record on its way through the sampler: its jobs, or what is wrong with it."""
+class Planned:
+    """A record on its way through the sampler.
+
+    Attributes:
+      id: The record's.
+      comparison: What is judged; None if there is an error.
+      jobs: For the sampler.
+      places: For each job, which samples it draws.
+      error: What is wrong with the record.
+    """
 
     id: str
     comparison: Comparison | None = None
     jobs: tuple[PromptJob, ...] = ()
-    # For each job, which samples it draws.
     places: tuple[tuple[int, ...], ...] = ()
     error: str | None = None
 
@@ -273,13 +280,8 @@ class GRM:
             template = load_template(template)
         if hinted and "hint" not in template.source:
             raise UsageError(f"template {template.name} has no place for a hint")
-        sampler = JudgeSampler(
-            params=self.params,
-            config=self.config,
-            loop=self._loop,
-            tokenizer=self.tokenizer,
-            table=self.table,
-            settings=SamplingSettings(
+        sampler = self.sampler(
+            SamplingSettings(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -288,11 +290,10 @@ class GRM:
                 low=template.low,
                 high=template.high,
                 batch_rows=batch_rows,
-            ),
-            mesh=self.mesh,
+            )
         )
         plan = functools.partial(
-            self._plan,
+            self.plan,
             sampler,
             template=template,
             samples=samples,
@@ -311,11 +312,25 @@ class GRM:
         )
         voters = samples if meta_model is None else k_meta
         return (
-            self._judgement(record, results, samples, seed, meta_model, voters)
+            self.conclude(
+                record, results, samples=samples, seed=seed, meta_model=meta_model, voters=voters
+            )
             for record, results in finished
         )
 
-    def _plan(
+    def sampler(self, settings: SamplingSettings) -> JudgeSampler:
+        """What draws samples from the model, for callers that form batches themselves."""
+        return JudgeSampler(
+            params=self.params,
+            config=self.config,
+            loop=self._loop,
+            tokenizer=self.tokenizer,
+            table=self.table,
+            settings=settings,
+            mesh=self.mesh,
+        )
+
+    def plan(
         self,
         sampler: JudgeSampler,
         comparison: Comparison | BadRecord,
@@ -325,9 +340,20 @@ class GRM:
         orders: str,
         hinted: bool,
         seed: int,
-    ) -> _Plan:
+    ) -> Planned:
+        """The first half of `judge_batch` for a record: what the sampler is to run.
+
+        Args:
+          sampler: From `sampler`.
+          comparison: The record.
+          template: As in `judge_batch`, like the rest.
+          samples: Likewise.
+          orders: Likewise.
+          hinted: Likewise.
+          seed: Likewise.
+        """
         if isinstance(comparison, BadRecord):
-            return _Plan(id=comparison.id, error=comparison.error)
+            return Planned(id=comparison.id, error=comparison.error)
         count = len(comparison.responses)
         places: dict[tuple[int, ...], list[int]] = {}
         shown = response_orders(
@@ -368,20 +394,31 @@ class GRM:
                     )
                     chosen.append(tuple(part))
         except UsageError as error:
-            return _Plan(id=comparison.id, error=str(error))
-        return _Plan(
+            return Planned(id=comparison.id, error=str(error))
+        return Planned(
             id=comparison.id, comparison=comparison, jobs=tuple(jobs), places=tuple(chosen)
         )
 
-    def _judgement(
+    def conclude(
         self,
-        record: _Plan,
+        record: Planned,
         results: Sequence[PromptResult],
+        *,
         samples: int,
         seed: int,
         meta_model: MetaModel | None,
         voters: int,
     ) -> Judgement:
+        """The other half of `judge_batch`: the vote over what the sampler drew.
+
+        Args:
+          record: From `plan`.
+          results: Of its jobs.
+          samples: As for `plan`.
+          seed: As for `plan`.
+          meta_model: Says which samples to trust.
+          voters: How many vote.
+        """
         if record.error is not None or record.comparison is None:
             return Judgement(id=record.id, error=record.error)
         count = len(record.comparison.responses)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from grm_jax.completion import Completion, chat_jobs, model_sampler, read_answers
+from grm_jax.completion import Completion, chat_jobs, read_answers
 from grm_jax.data import Comparison, Judgement, Message
 from grm_jax.judge import GRM
 from grm_jax.prompts import Template
@@ -87,7 +87,7 @@ class ModelEngine:
         # They hold little but tables of layouts, yet clients choose the settings.
         if settings not in self._samplers and len(self._samplers) >= 64:
             self._samplers.clear()
-        return self._samplers.setdefault(settings, model_sampler(self.grm, settings))
+        return self._samplers.setdefault(settings, self.grm.sampler(settings))
 
     def plan(self, request: JudgeRequest | ChatRequest) -> Plan:
         """How a request is worked off.
@@ -112,7 +112,7 @@ class ModelEngine:
             high=self.template.high,
         )
         sampler = self._sampler(settings)
-        planned = self.grm._plan(
+        planned = self.grm.plan(
             sampler,
             request.comparison,
             template=self.template,
@@ -126,8 +126,13 @@ class ModelEngine:
             voters = min(voters, self.k_meta or max(1, request.samples // 2))
 
         def finish(results: Sequence[PromptResult]) -> Judgement:
-            return self.grm._judgement(
-                planned, results, request.samples, request.seed, self.meta_model, voters
+            return self.grm.conclude(
+                planned,
+                results,
+                samples=request.samples,
+                seed=request.seed,
+                meta_model=self.meta_model,
+                voters=voters,
             )
 
         return _plan(sampler, planned.jobs, finish)
