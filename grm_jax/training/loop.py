@@ -183,7 +183,6 @@ class _Report:
         self._metrics = metrics
         self._workdir = workdir
         self._waiting: tuple[int, losses.Metrics, Any] | None = None
-        self._skipped: int | None = None
 
     def take(self, step: int, measured: losses.Metrics, learnt: Any) -> None:
         """Takes the metrics of a step that was begun, and settles those of the one before."""

@@ -23,6 +23,7 @@ from grm_jax.training import rft, trajectories
 from grm_jax.training.config import Settings
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.trajectories import load_templates, load_trajectories
+from tests.training.changes import changed
 from tests.training.folder import write_examples, write_model, write_templates
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +55,8 @@ def best_of(prompt: str) -> str:
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    config = rft.default_config()
-    config.update_from_flattened_dict(
+    config = changed(
+        rft.default_config(),
         {
             "model.name": str(folder / "base"),
             "data.comparisons": (str(folder / "comparisons.jsonl"),),
@@ -70,8 +71,8 @@ def settings(folder: Path, **changes: Any) -> Settings:
             "sampler.batch_rows": 16,
             "steps": 2,
             "optimizer.learning_rate": 3e-3,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
+        },
+        changes,
     )
     found = Settings(config)
     # As the command does, to know whom to call.

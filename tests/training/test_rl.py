@@ -13,7 +13,8 @@ from grm_jax import checkpoints
 from grm_jax.errors import UsageError
 from grm_jax.training import rl
 from grm_jax.training.config import Settings
-from tests.training.folder import write_model
+from tests.training.changes import changed
+from tests.training.folder import write_comparisons, write_model
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +22,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random parameters, a template that takes few bytes, and comparisons."""
     folder = tmp_path_factory.mktemp("small")
     write_model(folder / "model")
-    records = [
-        {
-            "id": str(number),
-            "messages": [{"role": "user", "content": str(number)}],
-            "responses": ["a", "b", "c"][: 2 + number % 2],
-            "label": {"kind": "best", "index": number % 2},
-        }
-        for number in range(40)
-    ]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "comparisons.jsonl").write_text(lines)
+    write_comparisons(folder / "comparisons.jsonl", 40)
     (folder / "short.jinja").write_text("{{ conversation }}{{ responses | join('|') }}")
     return folder
 
 
 def config(folder: Path, **changes: Any) -> ConfigDict:
     """It is rewarded for short answers, since it can't be right."""
-    made = rl.default_config()
-    made.update_from_flattened_dict(
+    return changed(
+        rl.default_config(),
         {
             "model.name": str(folder / "model"),
             "data.comparisons": (str(folder / "comparisons.jsonl"),),
@@ -54,10 +45,9 @@ def config(folder: Path, **changes: Any) -> ConfigDict:
             "steps": 4,
             "optimizer.learning_rate": 1e-2,
             "checkpoint.every": 2,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
+        },
+        changes,
     )
-    return made
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:

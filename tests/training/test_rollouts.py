@@ -11,7 +11,6 @@ import pytest
 from grm_jax import grammar
 from grm_jax.data import BestLabel, Comparison, PointwiseLabel
 from grm_jax.distributed import make_mesh
-from grm_jax.models import family_config
 from grm_jax.prompts import load_template
 from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training.model import next_token_logprobs
@@ -131,17 +130,7 @@ def test_verdicts_name_a_place() -> None:
     np.testing.assert_array_equal(found["scores"][0, 0], [1, 0, 0])
 
 
-CONFIG = family_config(
-    "llama",
-    vocab_size=TOKENIZER.vocab_size,
-    num_layers=2,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=64,
-    max_context=256,
-    tie_embeddings=True,
-)
+CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=TOKENIZER.vocab_size, max_context=256)
 
 
 @pytest.fixture(scope="module")

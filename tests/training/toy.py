@@ -33,6 +33,7 @@ from grm_jax.training.learner import Learner, make_learner
 from grm_jax.training.loop import Advanced, Outcome, Run, train
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.state import TrainState
+from tests.training.changes import changed
 
 SIZE = 64
 RECORDS = 36
@@ -42,17 +43,17 @@ def config(**changes: Any) -> ConfigDict:
     """Twenty steps with a checkpoint every six."""
     made = base_config("toy")
     made.data = ConfigDict({"epochs": 0, "bad": ()})
-    made.update_from_flattened_dict(
+    return changed(
+        made,
         {
             "steps": 20,
             "batch.rows": 4,
             "checkpoint.every": 6,
             "optimizer.learning_rate": 0.2,
             "optimizer.weight_decay": 0.01,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
+        },
+        changes,
     )
-    return made
 
 
 def loss(
