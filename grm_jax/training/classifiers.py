@@ -23,7 +23,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from grm_jax.data import Comparison
 from grm_jax.data.pipeline import Source, batches
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, reward
@@ -181,11 +180,6 @@ def row_length(settings: Settings, config: DecoderConfig) -> int:
             f"data.length is {length}, but the model reads {config.max_context} tokens"
         )
     return length
-
-
-def turns(comparison: Comparison) -> list[dict[str, str]]:
-    """The conversation in the form that templates take."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
 
 
 def make_group(

@@ -36,9 +36,13 @@ from grm_jax.training.classifiers import (
     make_group,
     row_length,
     train_classifier,
+)
+from grm_jax.training.comparisons import (
+    all_comparisons,
+    comparison_data,
+    comparison_sources,
     turns,
 )
-from grm_jax.training.comparisons import all_comparisons, comparison_data, comparison_sources
 from grm_jax.training.config import Settings, base_config
 from grm_jax.training.heldout import evenly, is_held_out
 from grm_jax.training.model import open_model

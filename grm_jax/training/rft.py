@@ -38,7 +38,12 @@ from grm_jax.errors import UsageError
 from grm_jax.prompts import Tokenizer, render
 from grm_jax.training import sft
 from grm_jax.training.checkpointing import write_atomically
-from grm_jax.training.comparisons import all_comparisons, comparison_data, comparison_sources
+from grm_jax.training.comparisons import (
+    all_comparisons,
+    comparison_data,
+    comparison_sources,
+    turns,
+)
 from grm_jax.training.config import Settings, changed_key
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.model import open_model
@@ -208,8 +213,8 @@ def example(comparison: Comparison, trajectory: Trajectory, templates: Templates
     if template is None:
         raise UsageError(f"record {comparison.id!r} has no template")
     responses = [comparison.responses[index] for index in trajectory.order]
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
-    return {"prompt": render(template, turns, responses), "completion": trajectory.text}
+    prompt = render(template, turns(comparison), responses)
+    return {"prompt": prompt, "completion": trajectory.text}
 
 
 def _sampler_settings(settings: Settings) -> SamplerSettings:

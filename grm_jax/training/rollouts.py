@@ -32,6 +32,7 @@ from grm_jax.rewards import (
 )
 from grm_jax.sampling import Controls, decode, prefill, response_orders
 from grm_jax.sampling.scheduling import LENGTHS, bucket
+from grm_jax.training.comparisons import turns
 from grm_jax.training.groups import overlong_penalty
 
 
@@ -138,11 +139,8 @@ class TaskMaker:
         order = response_orders(
             "shuffle", record_id=comparison.id, num_responses=count, samples=1, seed=self.seed
         )[0]
-        messages = [
-            {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
-        ]
         shown = [comparison.responses[index] for index in order]
-        tokens = encode_chat(self.tokenizer, render(template, messages, shown))
+        tokens = encode_chat(self.tokenizer, render(template, turns(comparison), shown))
         return UNUSABLE if len(tokens) > self.max_tokens else Task(tokens, order, answer)
 
     def pad(self, tasks: Sequence[Task], rows: int) -> Tasks:
