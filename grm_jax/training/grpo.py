@@ -179,7 +179,7 @@ def make_programs(
     sampler = make_sampler(config, model.tokenizer, mesh, rollout)
     plain = dataclasses.replace(config, lora=None)
 
-    def roll(state: TrainState, tasks: Tasks, part: ArrayLike) -> Rolled:
+    def roll(state: TrainState, tasks: Tasks, part: jax.Array) -> Rolled:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         return sampler(state.model, tasks, jax.random.fold_in(key, part))
 
