@@ -28,6 +28,8 @@ from tests.training.folder import write_examples, write_model, write_templates
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -325,6 +327,8 @@ def test_a_killed_program_goes_on(folder: Path, finished: Finished, tmp_path: Pa
         variables = {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+            # As here, since other programs draw other samples.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables})
 
