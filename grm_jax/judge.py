@@ -50,20 +50,13 @@ DEFAULT_TEMPLATE = "compact"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A record on its way through the sampler.
-
-    Attributes:
-      id: The record's.
-      comparison: What is judged; None if there is an error.
-      jobs: For the sampler.
-      places: For each job, which samples it draws.
-      error: What is wrong with the record.
-    """
+class _Plan:
+    """A record on its way through the sampler: its jobs, or what is wrong with it."""
 
     id: str
     comparison: Comparison | None = None
     jobs: tuple[PromptJob, ...] = ()
+    # For each job, which samples it draws.
     places: tuple[tuple[int, ...], ...] = ()
     error: str | None = None
 
@@ -193,6 +186,18 @@ class GRM:
     def _loop(self) -> tuple[DecoderConfig, Params]:
         return loop_decoder(self.config, self.params)
 
+    def sampler(self, settings: SamplingSettings) -> JudgeSampler:
+        """What draws samples from the model, for callers that form batches themselves."""
+        return JudgeSampler(
+            params=self.params,
+            config=self.config,
+            loop=self._loop,
+            tokenizer=self.tokenizer,
+            table=self.table,
+            settings=settings,
+            mesh=self.mesh,
+        )
+
     def judge(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -294,7 +299,7 @@ class GRM:
             )
         )
         plan = functools.partial(
-            self.plan,
+            self._plan,
             sampler,
             template=template,
             samples=samples,
@@ -313,25 +318,11 @@ class GRM:
         )
         voters = samples if meta_model is None else k_meta
         return (
-            self.conclude(
-                record, results, samples=samples, seed=seed, meta_model=meta_model, voters=voters
-            )
+            self._judgement(record, results, samples, seed, meta_model, voters)
             for record, results in finished
         )
 
-    def sampler(self, settings: SamplingSettings) -> JudgeSampler:
-        """What draws samples from the model, for callers that form batches themselves."""
-        return JudgeSampler(
-            params=self.params,
-            config=self.config,
-            loop=self._loop,
-            tokenizer=self.tokenizer,
-            table=self.table,
-            settings=settings,
-            mesh=self.mesh,
-        )
-
-    def plan(
+    def _plan(
         self,
         sampler: JudgeSampler,
         comparison: Comparison | BadRecord,
@@ -341,20 +332,9 @@ class GRM:
         orders: str,
         hinted: bool,
         seed: int,
-    ) -> Planned:
-        """The first half of `judge_batch` for a record: what the sampler is to run.
-
-        Args:
-          sampler: From `sampler`.
-          comparison: The record.
-          template: As in `judge_batch`, like the rest.
-          samples: Likewise.
-          orders: Likewise.
-          hinted: Likewise.
-          seed: Likewise.
-        """
+    ) -> _Plan:
         if isinstance(comparison, BadRecord):
-            return Planned(id=comparison.id, error=comparison.error)
+            return _Plan(id=comparison.id, error=comparison.error)
         count = len(comparison.responses)
         places: dict[tuple[int, ...], list[int]] = {}
         shown = response_orders(
@@ -393,31 +373,20 @@ class GRM:
                     )
                     chosen.append(tuple(part))
         except UsageError as error:
-            return Planned(id=comparison.id, error=str(error))
-        return Planned(
+            return _Plan(id=comparison.id, error=str(error))
+        return _Plan(
             id=comparison.id, comparison=comparison, jobs=tuple(jobs), places=tuple(chosen)
         )
 
-    def conclude(
+    def _judgement(
         self,
-        record: Planned,
+        record: _Plan,
         results: Sequence[PromptResult],
-        *,
         samples: int,
         seed: int,
         meta_model: MetaModel | None,
         voters: int,
     ) -> Judgement:
-        """The other half of `judge_batch`: the vote over what the sampler drew.
-
-        Args:
-          record: From `plan`.
-          results: Of its jobs.
-          samples: As for `plan`.
-          seed: As for `plan`.
-          meta_model: Says which samples to trust.
-          voters: How many vote.
-        """
         if record.error is not None or record.comparison is None:
             return Judgement(id=record.id, error=record.error)
         count = len(record.comparison.responses)

@@ -112,7 +112,7 @@ class ModelEngine:
             high=self.template.high,
         )
         sampler = self._sampler(settings)
-        planned = self.grm.plan(
+        planned = self.grm._plan(
             sampler,
             request.comparison,
             template=self.template,
@@ -126,13 +126,8 @@ class ModelEngine:
             voters = min(voters, self.k_meta or max(1, request.samples // 2))
 
         def finish(results: Sequence[PromptResult]) -> Judgement:
-            return self.grm.conclude(
-                planned,
-                results,
-                samples=request.samples,
-                seed=request.seed,
-                meta_model=self.meta_model,
-                voters=voters,
+            return self.grm._judgement(
+                planned, results, request.samples, request.seed, self.meta_model, voters
             )
 
         return _plan(sampler, planned.jobs, finish)
