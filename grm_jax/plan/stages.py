@@ -33,6 +33,7 @@ from grm_jax.training.classifiers import (
     row_length,
 )
 from grm_jax.training.config import Settings
+from grm_jax.training.grpo import make_programs
 from grm_jax.training.learner import check_rows
 from grm_jax.training.model import NANO, Model, decoder_of_shape, place_model
 from grm_jax.training.rollouts import Tasks
@@ -183,7 +184,7 @@ def abstract_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0, platf
         dtype = dtype_name(named)
     placed = place_model(settings, mesh, stored, dtype=dtype, num_labels=num_labels)
 
-    def load() -> tuple[Params, Params]:
+    def load() -> Params:
         raise RuntimeError("a model that is planned for has no weights")
 
     return Model(
@@ -192,7 +193,8 @@ def abstract_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0, platf
         tokenizer=tokenizer,
         params=placed.params,
         frozen=placed.frozen,
-        load=load,
+        load_params=load,
+        load_frozen=load,
     )
 
 
@@ -298,7 +300,7 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
     """Rollouts, what is to be learnt from them, and the update."""
     rollout = rl.rollout_settings(settings, load_template(str(settings["prompt.template"])))
     losses = rl.loss_settings(settings, rollout)
-    programs = rl.make_programs(settings, mesh, model, rollout, losses)
+    programs = make_programs(settings, mesh, model, rollout, losses)
     target = programs.learner.target
     rows, each = settings.at_least("batch.rows", 1), rollout.group
     if rows % each:

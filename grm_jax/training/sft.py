@@ -25,9 +25,9 @@ from grm_jax.models import DecoderConfig, Params
 from grm_jax.training.config import Settings, base_config
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.learner import Learner, Loss, check_rows, make_learner
-from grm_jax.training.loop import Advanced, Run, train
+from grm_jax.training.loop import Advanced
 from grm_jax.training.losses import Metrics, loss_denominator, sft_loss
-from grm_jax.training.model import Model, next_token_logprobs, open_model, save_model
+from grm_jax.training.model import Model, next_token_logprobs, open_model, train_model
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.state import TrainState
 
@@ -138,19 +138,15 @@ def train_on_sequences(
         after, metrics = learner(state, batch)
         return Advanced(state=after, metrics=metrics, learnt=batch)
 
-    outcome = train(
-        Run(
-            settings=settings,
-            workdir=workdir,
-            learner=learner,
-            load=model.load,
-            batches=batches,
-            advance=advance,
-        )
+    state = train_model(
+        model,
+        settings=settings,
+        workdir=workdir,
+        learner=learner,
+        batches=batches,
+        advance=advance,
     )
-    if outcome.finished:
-        save_model(model, outcome.state, workdir / "model")
-    return outcome.finished
+    return state is not None
 
 
 def make_sft_learner(settings: Settings, mesh: Mesh, model: Model) -> Learner:

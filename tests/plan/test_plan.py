@@ -121,7 +121,7 @@ def test_peak_is_that_of_the_program_that_runs(learning: StageReport) -> None:
     mesh = make_mesh(settings.group("mesh"), jax.devices()[:8])
     model = open_model(settings, mesh)
     learner = sft.make_sft_learner(settings, mesh, model)
-    state = learner.begin(*model.load(), seed=0)
+    state = learner.begin(model.load_params(), model.load_frozen(), 0)
     rows = np.ones((16, 64), np.int32)
     batch = learner.place(PackedRows(rows, rows, rows, rows > 0))
     with learner.here():
