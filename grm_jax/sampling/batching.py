@@ -109,6 +109,7 @@ class PromptResult:
       valid: `bool[k]`, whether the scores were readable.
       logprobs: `f32[k, T]` and `sampled_logprobs`, as in `Rollouts`.
       seconds: Wall time of the batch, divided among its samples.
+      expected: `f32[k, N]`, expected scores in input order; None if they were not asked for.
     """
 
     tokens: list[np.ndarray]
@@ -119,6 +120,7 @@ class PromptResult:
     logprobs: np.ndarray
     sampled_logprobs: np.ndarray
     seconds: float
+    expected: np.ndarray | None = None
 
 
 def loop_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
