@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,14 @@ from grm_jax.prompts import (
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
-from grm_jax.rewards import guided_vote, rank, tied_for_best
+from grm_jax.rewards import (
+    STATED_ERROR,
+    flip_chance,
+    guided_vote,
+    looks,
+    rank,
+    tied_for_best,
+)
 from grm_jax.sampling import (
     SCORE_POLICIES,
     MetaModel,
@@ -55,6 +63,10 @@ DEFAULT_TEMPLATE = "compact"
 """Short enough for the built-in models; released 16B and 27B judges expect `paper`'s structure."""
 
 
+Runner = Callable[[Sequence[PromptJob]], list[PromptResult]]
+"""Runs a batch of jobs of equal shape."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     """A record on its way through the sampler: its jobs, or what is wrong with it."""
@@ -64,6 +76,8 @@ class _Plan:
     jobs: tuple[PromptJob, ...] = ()
     # For each job, which samples it draws.
     places: tuple[tuple[int, ...], ...] = ()
+    # How many jobs there are up to the end of each round of samples.
+    rounds: tuple[int, ...] = (0,)
     error: str | None = None
 
 
@@ -230,6 +244,8 @@ class GRM:
         template: str | Template = DEFAULT_TEMPLATE,
         meta_model: MetaModel | None = None,
         k_meta: int | None = None,
+        adaptive: bool | float = False,
+        logprobs: bool = False,
         hinted: bool = False,
         batch_rows: int | None = None,
         seed: int = 0,
@@ -257,6 +273,11 @@ class GRM:
           template: A built-in template, a file, or a loaded template.
           meta_model: Says which samples to trust, so that only those vote; all do if None.
           k_meta: How many vote; half of the samples if None.
+          adaptive: Draw samples in rounds, and no more of a record's once the rest could not change
+            its winner, or would not but for this chance (`grm_jax.rewards.flip_chance`); True for
+            2 %. What is drawn are the first of the samples that would have been drawn without it.
+          logprobs: Keep how likely each sample was to the judge, the mean log-probability of its
+            tokens under the whole vocabulary at the sampling temperature.
           hinted: Tell the judge what the label says, which makes samples to be learnt from, never
             evidence. A record that names no best response gets an error.
           batch_rows: Samples that are decoded at a time; None for what suits the device. Small
@@ -283,6 +304,11 @@ class GRM:
             raise UsageError(f"orders is {orders!r}; it must be one of {', '.join(ORDER_POLICIES)}")
         if scores not in SCORE_POLICIES:
             raise UsageError(f"scores is {scores!r}; it must be one of {', '.join(SCORE_POLICIES)}")
+        error = None if adaptive is False else STATED_ERROR if adaptive is True else adaptive
+        if error is not None and not 0 <= error < 1:
+            raise UsageError(f"adaptive is {error}; it must be a chance, from 0 to below 1")
+        if error is not None and meta_model is not None:
+            raise UsageError("adaptive looks at plain votes; leave out the meta model")
         if not isinstance(template, Template):
             template = load_template(template)
         if hinted and "hint" not in template.source:
@@ -313,25 +339,34 @@ class GRM:
             orders=orders,
             hinted=hinted,
             seed=seed,
+            adaptive=error is not None,
         )
+
+        def more(record: _Plan, results: Sequence[PromptResult]) -> Sequence[PromptJob]:
+            if error is None or len(results) == len(record.jobs):
+                return ()
+            if _flip_chance(record, results, samples, template.high - template.low) <= error:
+                return ()
+            begin = record.rounds.index(len(results))
+            return record.jobs[len(results) : record.rounds[begin + 1]]
+
         finished = run_in_order(
             (plan(comparison) for comparison in comparisons),
-            jobs=lambda record: record.jobs,
+            jobs=lambda record: record.jobs[: record.rounds[0]],
             shape=sampler.shape,
             limit=sampler.limit,
             run=self.runner(sampler, scores),
+            more=more,
             # Enough to fill a batch even if every record is shown in one order only.
             lookahead=max(64, sampler.rows),
         )
         voters = samples if meta_model is None else k_meta
         return (
-            self._judgement(record, results, samples, seed, meta_model, voters)
+            self._judgement(record, results, samples, seed, meta_model, voters, logprobs)
             for record, results in finished
         )
 
-    def runner(
-        self, sampler: JudgeSampler, scores: str
-    ) -> Callable[[Sequence[PromptJob]], list[PromptResult]]:
+    def runner(self, sampler: JudgeSampler, scores: str) -> Runner:
         """What runs a batch of jobs: the sampler, and behind it what expected scores need.
 
         Args:
@@ -364,53 +399,72 @@ class GRM:
         orders: str,
         hinted: bool,
         seed: int,
+        adaptive: bool = False,
     ) -> _Plan:
         if isinstance(comparison, BadRecord):
             return _Plan(id=comparison.id, error=comparison.error)
         count = len(comparison.responses)
-        places: dict[tuple[int, ...], list[int]] = {}
         shown = response_orders(
             orders, record_id=comparison.id, num_responses=count, samples=samples, seed=seed
         )
-        for sample, order in enumerate(shown):
-            places.setdefault(order, []).append(sample)
         keys = _sample_keys(seed, comparison.id, samples)
-        messages = [
-            {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
-        ]
-        longest = self.config.max_context - sampler.settings.max_new_tokens
-        room = sampler.room(samples, 1 if orders == "fixed" else count)
-        jobs, chosen = [], []
         try:
             if sampler.settings.constrain:
                 sampler.layout(count)
-            for order, numbers in places.items():
-                chat = render(
-                    template,
-                    messages,
-                    [comparison.responses[i] for i in order],
-                    hint=_hint(comparison, order) if hinted else None,
-                )
-                tokens = encode_chat(self.tokenizer, chat)
-                if len(tokens) > longest:
-                    raise UsageError(
-                        f"the prompt takes {len(tokens)} tokens and the answer up to "
-                        f"{sampler.settings.max_new_tokens}, but the model reads "
-                        f"{self.config.max_context}; shorten the record"
-                    )
-                for first in range(0, len(numbers), room):
-                    part = numbers[first : first + room]
-                    jobs.append(
-                        PromptJob(
-                            tokens=tokens, order=order, keys=keys[np.asarray(part)], room=room
-                        )
-                    )
-                    chosen.append(tuple(part))
+            prompts = {
+                order: self._prompt(sampler, template, comparison, order, hinted)
+                for order in dict.fromkeys(shown)
+            }
         except UsageError as error:
             return _Plan(id=comparison.id, error=str(error))
+        jobs, chosen, rounds = [], [], []
+        ends = (*(looks(samples) if adaptive else ()), samples)
+        for begin, end in itertools.pairwise((0, *ends)):
+            room = sampler.room(end - begin, 1 if orders == "fixed" else count)
+            places: dict[tuple[int, ...], list[int]] = {}
+            for sample in range(begin, end):
+                places.setdefault(shown[sample], []).append(sample)
+            for order, numbers in places.items():
+                for first in range(0, len(numbers), room):
+                    part = numbers[first : first + room]
+                    drawn = keys[np.asarray(part)]
+                    jobs.append(
+                        PromptJob(tokens=prompts[order], order=order, keys=drawn, room=room)
+                    )
+                    chosen.append(tuple(part))
+            rounds.append(len(jobs))
         return _Plan(
-            id=comparison.id, comparison=comparison, jobs=tuple(jobs), places=tuple(chosen)
+            id=comparison.id,
+            comparison=comparison,
+            jobs=tuple(jobs),
+            places=tuple(chosen),
+            rounds=tuple(rounds),
         )
+
+    def _prompt(
+        self,
+        sampler: JudgeSampler,
+        template: Template,
+        comparison: Comparison,
+        order: tuple[int, ...],
+        hinted: bool,
+    ) -> list[int]:
+        """The tokens of a comparison with its responses in an order."""
+        chat = render(
+            template,
+            [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages],
+            [comparison.responses[i] for i in order],
+            hint=_hint(comparison, order) if hinted else None,
+        )
+        tokens = encode_chat(self.tokenizer, chat)
+        longest = self.config.max_context - sampler.settings.max_new_tokens
+        if len(tokens) > longest:
+            raise UsageError(
+                f"the prompt takes {len(tokens)} tokens and the answer up to "
+                f"{sampler.settings.max_new_tokens}, but the model reads "
+                f"{self.config.max_context}; shorten the record"
+            )
+        return tokens
 
     def _judgement(
         self,
@@ -420,6 +474,7 @@ class GRM:
         seed: int,
         meta_model: MetaModel | None,
         voters: int,
+        logprobs: bool = False,
     ) -> Judgement:
         if record.error is not None or record.comparison is None:
             return Judgement(id=record.id, error=record.error)
@@ -427,7 +482,8 @@ class GRM:
         rows = np.zeros((power_of_two(samples), power_of_two(count)), np.float32)
         valid = np.zeros(len(rows), bool)
         drawn: dict[int, Sample] = {}
-        for job, places, result in zip(record.jobs, record.places, results, strict=True):
+        # Of a record that was settled early, the last rounds are missing.
+        for job, places, result in zip(record.jobs, record.places, results, strict=False):
             for index, place in enumerate(places):
                 valid[place] = result.valid[index]
                 sampled = tuple(int(score) for score in result.scores[index])
@@ -444,6 +500,7 @@ class GRM:
                     text=self.tokenizer.decode(result.tokens[index].tolist()),
                     finish="stop" if result.stopped[index] else "length",
                     expected=expected,
+                    logprob=_mean_logprob(result, index) if logprobs else None,
                 )
         meta = np.zeros(len(rows), np.float32)
         if meta_model is not None:
@@ -458,17 +515,17 @@ class GRM:
             _vote(rows, valid, meta, voters, count, _record_key(seed, record.id))
         )
         readable = int(valid.sum())
-        prompts = {job.order: len(job.tokens) for job in record.jobs}
+        prompts = {job.order: len(job.tokens) for job in record.jobs[: len(results)]}
         judgement = Judgement(
             id=record.id,
             valid_samples=readable,
-            samples=tuple(drawn[place] for place in range(samples)),
+            samples=tuple(drawn[place] for place in sorted(drawn)),
             prompt_tokens=sum(prompts.values()),
             completion_tokens=int(sum(result.lengths.sum() for result in results)),
             seconds=sum(result.seconds for result in results),
             error=None
             if readable
-            else f"none of the {samples} samples has readable scores; constrain them to the "
+            else f"none of the {len(drawn)} samples has readable scores; constrain them to the "
             "layout of a judgement, or give them more tokens",
         )
         if not readable:
@@ -480,6 +537,27 @@ class GRM:
             best=int(ranking[0]),
             tied=tuple(int(index) for index in np.flatnonzero(tied)),
         )
+
+
+def _flip_chance(
+    record: _Plan, results: Sequence[PromptResult], samples: int, span: float
+) -> float:
+    """The chance that the samples of the rounds to come change the winner of those so far."""
+    count = len(results[0].scores[0])
+    rows = np.zeros((power_of_two(samples), power_of_two(count)), np.float32)
+    valid = np.zeros(len(rows), bool)
+    for places, result in zip(record.places, results, strict=False):
+        at = list(places)
+        rows[at, :count] = result.scores if result.expected is None else result.expected
+        valid[at] = result.valid
+    left = samples - sum(map(len, record.places[: len(results)]))
+    return float(flip_chance(rows, valid, count, left, span=float(span)))
+
+
+def _mean_logprob(result: PromptResult, index: int) -> float:
+    """The mean log-probability of the tokens of a sample."""
+    written = result.logprobs[index, : result.lengths[index]]
+    return round(float(written.mean(dtype=np.float64)), 4)
 
 
 def _plain(total: float) -> float:

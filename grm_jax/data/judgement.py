@@ -62,7 +62,7 @@ class Judgement:
       best: The first of them.
       tied: Indices of all responses with the top score.
       valid_samples: How many samples had readable scores.
-      samples: The samples.
+      samples: The samples; fewer than were asked for where they stopped early.
       prompt_tokens: Tokens of the distinct prompts; each is read once for all its samples.
       completion_tokens: Tokens sampled.
       seconds: Wall time, shared among what ran together.

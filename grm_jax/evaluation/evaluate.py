@@ -30,11 +30,11 @@ from grm_jax.evaluation.metrics import (
     unreadable_rate,
 )
 from grm_jax.evaluation.scaling import resampled_correctness, sample_subsets, subset_totals
+from grm_jax.rewards import STATED_ERROR
 
 _DRAWS = 200
 _SLOW_DRAWS = 16
 _BINS = 8
-_ADAPTIVE_ERROR = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,14 +330,14 @@ def _adaptive(
     """What stopping early would have saved and cost, from samples that were all drawn."""
     if _needs_means(total) or judged.samples < 3:
         return None
-    votes = adaptive_votes(judged.scores, judged.valid, judged.counts, error=_ADAPTIVE_ERROR)
+    votes = adaptive_votes(judged.scores, judged.valid, judged.counts)
     correct = correctness(votes.totals, judged.right, judged.counts, ties=ties, seed=seed)
     drawn = measure_resamples(total, judged, correct - full.correct, [], resamples=resamples)
     change = measure_value(total, judged, correct - full.correct, [])
     found = difference_of(change, drawn)
     members = total.members
     return {
-        "error": _ADAPTIVE_ERROR,
+        "error": STATED_ERROR,
         "mean_samples": float(votes.used[members].mean()),
         "changed": float(votes.changed[members].mean()),
         "value": measure_value(total, judged, correct, []),

@@ -69,10 +69,8 @@ def score_places(
     """
     spelled = [token_bytes[token] for token in tokens]
     text = b"".join(spelled)
-    box = None
-    for box in _BOX.finditer(text):
-        pass
-    found = [] if box is None else list(_NUMBER.finditer(text, box.start(1), box.end(1)))
+    boxes = list(_BOX.finditer(text))
+    found = list(_NUMBER.finditer(text, *boxes[-1].span(1))) if boxes else []
     if len(found) != count:
         return None
     begins = np.cumsum([0, *map(len, spelled)])
@@ -199,9 +197,7 @@ class ScoreReader:
         size: int,
     ) -> "_Rows":
         values, width = self.high - self.low + 1, power_of_two(count)
-        spelled = [
-            [self._spellings(place.lead) for place in places] for _, _, places in part
-        ]
+        spelled = [[self._spellings(place.lead) for place in places] for _, _, places in part]
         longest = max(len(ids) for one in spelled for place in one for ids in place)
         lead = (self._together, width)
         rows = _Rows(
@@ -264,9 +260,7 @@ def _chances(
             start = jax.nn.log_softmax(unembed(params, config, hidden[0, seen - 1]))
             ending = jnp.where(last, ends[1], ends[0])
             return jax.nn.softmax(
-                _spelling_logprobs(
-                    params, config, (prefix, before), start, ending, spelled, sizes
-                )
+                _spelling_logprobs(params, config, (prefix, before), start, ending, spelled, sizes)
             )
 
         return jax.vmap(of_place)(row.seen, row.last, row.spelled, row.sizes)
