@@ -11,7 +11,13 @@ from grm_jax.errors import UsageError
 from grm_jax.judge import GRM
 from grm_jax.prompts import encode_chat
 from grm_jax.sampling import run_in_order
-from grm_jax.sampling.batching import JudgeSampler, PromptJob, PromptResult, SamplingSettings
+from grm_jax.sampling.batching import (
+    JudgeSampler,
+    PromptJob,
+    PromptResult,
+    SamplingSettings,
+    sample_keys,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +76,7 @@ def chat_jobs(
     said = json.dumps([[turn["role"], turn["content"]] for turn in messages])
     digest = hashlib.blake2b(said.encode(), digest_size=4).digest()
     key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest, "little"))
-    # A sample's key must not depend on how many there are, as those of `split` would.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.numpy.arange(samples))
+    keys = sample_keys(key, samples)
     room = sampler.room(samples, 1)
     return [
         PromptJob(tokens=tokens, order=(0,), keys=keys[first : first + room], room=room)

@@ -1,8 +1,6 @@
 """The facade: a model that judges, as one object without hidden state."""
 
 import functools
-import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +16,7 @@ from grm_jax.data import (
     BadRecord,
     Comparison,
     Judgement,
-    PointwiseLabel,
     Sample,
-    best_index,
     from_record,
 )
 from grm_jax.errors import UsageError
@@ -28,26 +24,22 @@ from grm_jax.models import DecoderConfig, Params, merge_lora
 from grm_jax.prompts import (
     Template,
     Tokenizer,
-    encode_chat,
     load_template,
-    render,
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
 from grm_jax.rewards import (
     STATED_ERROR,
-    flip_chance,
     guided_vote,
-    looks,
     rank,
     tied_for_best,
 )
+from grm_jax.rounds import Planned, next_round, plan_record, record_key
 from grm_jax.sampling import (
     SCORE_POLICIES,
     MetaModel,
     ScoreReader,
     power_of_two,
-    response_orders,
     run_in_order,
 )
 from grm_jax.sampling.batching import (
@@ -65,20 +57,6 @@ DEFAULT_TEMPLATE = "compact"
 
 Runner = Callable[[Sequence[PromptJob]], list[PromptResult]]
 """Runs a batch of jobs of equal shape."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A record on its way through the sampler: its jobs, or what is wrong with it."""
-
-    id: str
-    comparison: Comparison | None = None
-    jobs: tuple[PromptJob, ...] = ()
-    # For each job, which samples it draws.
-    places: tuple[tuple[int, ...], ...] = ()
-    # How many jobs there are up to the end of each round of samples.
-    rounds: tuple[int, ...] = (0,)
-    error: str | None = None
 
 
 def load_model(
@@ -332,7 +310,7 @@ class GRM:
             mesh=self.mesh,
         )
         plan = functools.partial(
-            self._plan,
+            plan_record,
             sampler,
             template=template,
             samples=samples,
@@ -341,18 +319,15 @@ class GRM:
             seed=seed,
             adaptive=error is not None,
         )
-
-        def more(record: _Plan, results: Sequence[PromptResult]) -> Sequence[PromptJob]:
-            if error is None or len(results) == len(record.jobs):
-                return ()
-            if _flip_chance(record, results, samples, template.high - template.low) <= error:
-                return ()
-            begin = record.rounds.index(len(results))
-            return record.jobs[len(results) : record.rounds[begin + 1]]
-
+        more = functools.partial(
+            next_round,
+            samples=samples,
+            span=template.high - template.low,
+            error=0.0 if error is None else error,
+        )
         finished = run_in_order(
             (plan(comparison) for comparison in comparisons),
-            jobs=lambda record: record.jobs[: record.rounds[0]],
+            jobs=lambda record: record.first_round,
             shape=sampler.shape,
             limit=sampler.limit,
             run=self.runner(sampler, scores),
@@ -389,86 +364,9 @@ class GRM:
 
         return run
 
-    def _plan(
-        self,
-        sampler: JudgeSampler,
-        comparison: Comparison | BadRecord,
-        *,
-        template: Template,
-        samples: int,
-        orders: str,
-        hinted: bool,
-        seed: int,
-        adaptive: bool = False,
-    ) -> _Plan:
-        if isinstance(comparison, BadRecord):
-            return _Plan(id=comparison.id, error=comparison.error)
-        count = len(comparison.responses)
-        shown = response_orders(
-            orders, record_id=comparison.id, num_responses=count, samples=samples, seed=seed
-        )
-        keys = _sample_keys(seed, comparison.id, samples)
-        try:
-            if sampler.settings.constrain:
-                sampler.layout(count)
-            prompts = {
-                order: self._prompt(sampler, template, comparison, order, hinted)
-                for order in dict.fromkeys(shown)
-            }
-        except UsageError as error:
-            return _Plan(id=comparison.id, error=str(error))
-        jobs, chosen, rounds = [], [], []
-        ends = (*(looks(samples) if adaptive else ()), samples)
-        for begin, end in itertools.pairwise((0, *ends)):
-            room = sampler.room(end - begin, 1 if orders == "fixed" else count)
-            places: dict[tuple[int, ...], list[int]] = {}
-            for sample in range(begin, end):
-                places.setdefault(shown[sample], []).append(sample)
-            for order, numbers in places.items():
-                for first in range(0, len(numbers), room):
-                    part = numbers[first : first + room]
-                    drawn = keys[np.asarray(part)]
-                    jobs.append(
-                        PromptJob(tokens=prompts[order], order=order, keys=drawn, room=room)
-                    )
-                    chosen.append(tuple(part))
-            rounds.append(len(jobs))
-        return _Plan(
-            id=comparison.id,
-            comparison=comparison,
-            jobs=tuple(jobs),
-            places=tuple(chosen),
-            rounds=tuple(rounds),
-        )
-
-    def _prompt(
-        self,
-        sampler: JudgeSampler,
-        template: Template,
-        comparison: Comparison,
-        order: tuple[int, ...],
-        hinted: bool,
-    ) -> list[int]:
-        """The tokens of a comparison with its responses in an order."""
-        chat = render(
-            template,
-            [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages],
-            [comparison.responses[i] for i in order],
-            hint=_hint(comparison, order) if hinted else None,
-        )
-        tokens = encode_chat(self.tokenizer, chat)
-        longest = self.config.max_context - sampler.settings.max_new_tokens
-        if len(tokens) > longest:
-            raise UsageError(
-                f"the prompt takes {len(tokens)} tokens and the answer up to "
-                f"{sampler.settings.max_new_tokens}, but the model reads "
-                f"{self.config.max_context}; shorten the record"
-            )
-        return tokens
-
     def _judgement(
         self,
-        record: _Plan,
+        record: Planned,
         results: Sequence[PromptResult],
         samples: int,
         seed: int,
@@ -512,7 +410,7 @@ class GRM:
                 meta[place] = value
                 drawn[place] = replace(drawn[place], meta=round(float(value), 4))
         totals, ranking, tied = jax.device_get(
-            _vote(rows, valid, meta, voters, count, _record_key(seed, record.id))
+            _vote(rows, valid, meta, voters, count, record_key(seed, record.id))
         )
         readable = int(valid.sum())
         prompts = {job.order: len(job.tokens) for job in record.jobs[: len(results)]}
@@ -537,21 +435,6 @@ class GRM:
             best=int(ranking[0]),
             tied=tuple(int(index) for index in np.flatnonzero(tied)),
         )
-
-
-def _flip_chance(
-    record: _Plan, results: Sequence[PromptResult], samples: int, span: float
-) -> float:
-    """The chance that the samples of the rounds to come change the winner of those so far."""
-    count = len(results[0].scores[0])
-    rows = np.zeros((power_of_two(samples), power_of_two(count)), np.float32)
-    valid = np.zeros(len(rows), bool)
-    for places, result in zip(record.places, results, strict=False):
-        at = list(places)
-        rows[at, :count] = result.scores if result.expected is None else result.expected
-        valid[at] = result.valid
-    left = samples - sum(map(len, record.places[: len(results)]))
-    return float(flip_chance(rows, valid, count, left, span=float(span)))
 
 
 def _mean_logprob(result: PromptResult, index: int) -> float:
@@ -590,33 +473,8 @@ def _meta_rewards(
     return dict(zip(drawn, model.rewards(read).tolist(), strict=True))
 
 
-def _hint(comparison: Comparison, order: Sequence[int]) -> int:
-    """What `render` tells of a record's label, whose responses are shown in an order."""
-    if isinstance(comparison.label, PointwiseLabel):
-        return int(comparison.label.correct)
-    best = best_index(comparison)
-    if best is None or len(order) == 1:
-        raise UsageError("there is nothing to hint at: the label names no best response")
-    return list(order).index(best)
-
-
 def _dtype(dtype: DTypeLike | None) -> DTypeLike:
     """The type asked for: by default float32 on CPUs, else bfloat16."""
     if dtype is not None:
         return dtype
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
-def _record_key(seed: int, record_id: str) -> jax.Array:
-    """The random key of a record, from the seed and the record's id."""
-    digest = hashlib.blake2b(record_id.encode(errors="surrogatepass"), digest_size=8).digest()
-    key = jax.random.key(seed)
-    for half in (digest[:4], digest[4:]):
-        key = jax.random.fold_in(key, int.from_bytes(half, "little"))
-    return key
-
-
-def _sample_keys(seed: int, record_id: str, samples: int) -> jax.Array:
-    """The random keys `[K]` of a record's samples."""
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(_record_key(seed, record_id), jnp.arange(1, samples + 1))

@@ -13,6 +13,7 @@ from grm_jax.completion import Completion, chat_jobs, model_sampler, read_answer
 from grm_jax.data import Comparison, Judgement, Message
 from grm_jax.judge import GRM, Runner
 from grm_jax.prompts import Template
+from grm_jax.rounds import plan_record
 from grm_jax.sampling import MetaModel
 from grm_jax.sampling.batching import JudgeSampler, PromptJob, PromptResult, SamplingSettings
 from grm_jax.serving.batcher import Plan
@@ -118,7 +119,7 @@ class ModelEngine:
             high=self.template.high,
         )
         sampler = self._sampler(settings)
-        planned = self.grm._plan(
+        planned = plan_record(
             sampler,
             request.comparison,
             template=self.template,
