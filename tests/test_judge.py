@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grm_jax import GRM, Judgement
+from grm_jax import GRM, Judgement, rounds
 from grm_jax import judge as judge_module
-from grm_jax import rounds
 from grm_jax.data import BadRecord, Comparison, from_record, read_comparisons
 from grm_jax.data.comparison import examples_path
 from grm_jax.errors import UsageError

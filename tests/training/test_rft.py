@@ -15,8 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from grm_jax import GRM, checkpoints
-from grm_jax import rounds
+from grm_jax import GRM, checkpoints, rounds
 from grm_jax.errors import UsageError
 from grm_jax.prompts import parse_scores, tokenizer_from_folder
 from grm_jax.training import rft
