@@ -7,13 +7,11 @@ import pytest
 
 from grm_jax.data import Comparison, Judgement, Sample, from_record
 from grm_jax.evaluation.benchmarks import find_benchmark
-from grm_jax.evaluation.cost import ModelCost
 from grm_jax.evaluation.evaluate import Evaluation, compare, evaluate
 from grm_jax.evaluation.judged import Judged, judged_from_records
 from grm_jax.evaluation.methods import find_methods
-from tests.evaluation.fixtures import fake_judgement, right_mask
+from tests.evaluation.fixtures import COST, fake_judgement, right_mask
 
-COST = ModelCost(per_token=1e9, per_output=1e8, per_context=1e4)
 SAMPLES = 8
 
 
