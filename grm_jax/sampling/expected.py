@@ -92,6 +92,7 @@ class ScoreReader:
       low: Least score.
       high: Greatest score.
       mesh: The mesh that the parameters lie on; None for one device.
+      at_once: Texts that are read at a time; None for what suits the device.
     """
 
     params: Params
@@ -100,6 +101,7 @@ class ScoreReader:
     low: int
     high: int
     mesh: jax.sharding.Mesh | None = None
+    at_once: int | None = None
 
     def distributions(
         self, prompt: Sequence[int], texts: Sequence[Sequence[int] | None], count: int
@@ -164,6 +166,8 @@ class ScoreReader:
 
     @property
     def _together(self) -> int:
+        if self.at_once is not None:
+            return self.at_once
         on_cpu = all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
         return 1 if on_cpu else _ACCELERATOR_SAMPLES
 

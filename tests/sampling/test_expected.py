@@ -10,8 +10,16 @@ import pytest
 
 from grm_jax import GRM, grammar
 from grm_jax.data import Judgement, from_record
+from grm_jax.distributed import make_mesh, tree_shardings
 from grm_jax.errors import UsageError
-from grm_jax.models import abstract_params, logits
+from grm_jax.models import (
+    Experts,
+    Latent,
+    abstract_params,
+    family_config,
+    logits,
+    param_axes,
+)
 from grm_jax.prompts import Tokenizer
 from grm_jax.sampling import ScoreReader
 from grm_jax.sampling.expected import score_places
@@ -148,6 +156,58 @@ def test_unreadable_texts_are_left_out_and_neighbours_change_nothing(tiny_grm: G
             assert mean is not None
             assert np.array_equal(alone, mean)
             assert np.all((mean > 1) & (mean < 10))
+
+
+def test_texts_that_are_read_together_are_read_alike(tiny_grm: GRM) -> None:
+    """Also where rows are left over."""
+    prompt = list(b"user: 2+2?")
+    texts = [list(f"{'.' * size}\\boxed{{7, {size}}}".encode()) for size in (1, 5, 9)]
+    alone = reader(tiny_grm).distributions(prompt, texts, 2)
+    together = dataclasses.replace(reader(tiny_grm), at_once=2).distributions(prompt, texts, 2)
+    for one, other in zip(alone, together, strict=True):
+        assert one is not None
+        assert other is not None
+        assert np.abs(one - other).max() < 1e-5
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_experts_and_latent_attention(tiny_grm: GRM, at_once: int) -> None:
+    """Families whose cache has another form."""
+    config = family_config(
+        "deepseek_v2",
+        vocab_size=tiny_grm.tokenizer.vocab_size,
+        num_layers=2,
+        width=32,
+        num_heads=2,
+        num_kv_heads=2,
+        mlp_dim=64,
+        max_context=512,
+        latent=Latent(query_rank=None, rank=16, nope_dim=8, rope_dim=4, value_dim=6),
+        experts=Experts(count=4, per_token=2, mlp_dim=16, shared_dim=16, dense_layers=1),
+    )
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put((0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype)),
+        abstract_params(config),
+    )
+    grm = dataclasses.replace(tiny_grm, config=config, params=params)
+    prompt, text = list(b"user: 2+2?"), list(rb"ab \boxed{7, 10}.")
+    ask = dataclasses.replace(reader(grm), at_once=at_once)
+    (found,) = ask.distributions(prompt, [text], 2)
+    assert found is not None
+    assert np.abs(found - exhaustive(grm, prompt, text, 2, low=1, high=10)).max() < 1e-5
+
+
+def test_a_judge_on_a_mesh(tiny_grm: GRM) -> None:
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    config = tiny_grm.config
+    shardings = tree_shardings(param_axes(config), mesh, abstract_params(config))
+    prompt, text = list(b"user: 2+2?"), list(rb"ab \boxed{7, 10}.")
+    (wanted,) = reader(tiny_grm).expected(prompt, [text], 2)
+    params = jax.device_put(tiny_grm.params, shardings)
+    spread = dataclasses.replace(reader(tiny_grm), params=params, mesh=mesh)
+    (found,) = spread.expected(prompt, [text], 2)
+    assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def questions(count: int) -> list[Any]:
