@@ -14,9 +14,9 @@ of arXiv:2504.02495, section 5 and appendix C.2:
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
@@ -180,7 +180,7 @@ class _Found:
     completions: int = 0
 
 
-def _scored(judge: Any, comparison: Comparison, seed: int) -> Judgement:
+def _scored(judge: Callable[[Comparison], _Found], comparison: Comparison, seed: int) -> Judgement:
     """The judgement of a comparison, or why there is none."""
     began = time.perf_counter()
     try:

@@ -91,7 +91,7 @@ def write_table(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
         "In percent. Overall is the mean of the first four.",
         "",
         _line(["judge", "vote", "k", *titles[:4], "Overall", *titles[4:], "note"]),
-        _line(["---"] * (6 + len(titles))),
+        _line(["---"] * (5 + len(titles))),
     ]
     for row in rows:
         cells = [_cell(row["scores"].get(name)) for name in (*COLUMNS, *others)]
