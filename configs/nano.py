@@ -74,7 +74,7 @@ def _rl() -> ConfigDict:
     config.rollout.max_new_tokens = JUDGEMENT
     config.rollout.group = 8
     config.batch.rows = 160
-    config.steps = 60
+    config.steps = 40
     config.loss.beta = 0.02
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 5

@@ -78,6 +78,7 @@ def test_what_it_leaves(folder: Path, tmp_path: Path) -> None:
         ({"ks": (1, 4)}, "none above samples, 2"),
         ({"data.comparisons": ()}, "data.comparisons is empty"),
         ({"adapters": {"other": "x"}}, "adapters names other, no model"),
+        ({"constrained": ("other",)}, "constrained names other, no model"),
     ],
 )
 def test_settings_that_do_not_fit(
