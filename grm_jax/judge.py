@@ -253,7 +253,8 @@ class GRM:
           k_meta: How many vote; half of the samples if None.
           adaptive: Draw samples in rounds, and no more of a record's once the rest could not change
             its winner, or would not but for this chance (`grm_jax.rewards.flip_chance`); True for
-            2 %. What is drawn are the first of the samples that would have been drawn without it.
+            2 %. What is drawn are the first of the samples that would have been drawn without it,
+            but for a text here and there: the number of rows decides how products are summed.
           logprobs: Keep how likely each sample was to the judge, the mean log-probability of its
             tokens under the whole vocabulary at the sampling temperature.
           hinted: Tell the judge what the label says, which makes samples to be learnt from, never
