@@ -112,10 +112,10 @@ def browse(program: str, folder: Path) -> Iterator[Page]:
     commands, to_browser = os.pipe()
     from_browser, answers = os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
-    # The protocol is spoken on descriptors 3 and 4.
+    # The protocol is spoken on descriptors 3 and 4; plain sh knows none of two digits.
     shell = f'exec "$0" "$@" 3<&{commands} 4>&{answers}'
     process = subprocess.Popen(
-        ["sh", "-c", shell, program, *flags, f"--user-data-dir={folder}", "about:blank"],
+        ["bash", "-c", shell, program, *flags, f"--user-data-dir={folder}", "about:blank"],
         pass_fds=(commands, answers),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
