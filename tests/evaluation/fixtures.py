@@ -185,13 +185,21 @@ def realmistake_zip(path: Path) -> Path:
     return path
 
 
-def made(name: str, data: Path, folder: Path) -> tuple[Evaluation, dict[str, Any]]:
+def made(
+    name: str, data: Path, folder: Path, *, samples: int = 8
+) -> tuple[Evaluation, dict[str, Any]]:
     """Writes a report on drawn judgements; returns the evaluation and `results.json`."""
     benchmark = find_benchmark(name)
     comparisons = load_benchmark(name, data)
-    judged, records = fake_judged(comparisons, samples=8, meta=True)
+    judged, records = fake_judged(comparisons, samples=samples, meta=True)
     found = evaluate(
-        benchmark, judged, name="tiny", ks=[1, 2, 8], model=COST, k_metas=[1], resamples=60
+        benchmark,
+        judged,
+        name="tiny",
+        ks=sorted({1, 2, samples}),
+        model=COST,
+        k_metas=[1],
+        resamples=60,
     )
     results = {
         "benchmark": name,
@@ -199,7 +207,9 @@ def made(name: str, data: Path, folder: Path) -> tuple[Evaluation, dict[str, Any
         "limit": None,
         "ties": benchmark.ties,
         "models": [found.results],
-        "comparisons": [compare((found, "vote", 1), (found, "guided, half", 8), resamples=60)],
+        "comparisons": [
+            compare((found, "vote", 1), (found, "guided, half", samples), resamples=60)
+        ],
     }
     shown = browsable(benchmark, judged, records, judge="tiny")
     write_report(folder, benchmark, results, shown, left_out=left_out(benchmark, judged))

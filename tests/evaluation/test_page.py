@@ -18,7 +18,8 @@ WIDE, PHONE = 1280, 390
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     rows = rewardbench_rows(["mt-bench-med", "mt-bench-hard", "donotanswer", "hep-go"], 8)
-    made("rewardbench", write_lines(folder / "rows.jsonl", rows), folder)
+    # Of two samples, votes are tied now and then.
+    made("rewardbench", write_lines(folder / "rows.jsonl", rows), folder, samples=2)
     return folder / "report.html"
 
 
@@ -79,7 +80,7 @@ def test_a_judgement_opens_with_its_critiques_side_by_side(page: Page) -> None:
         "[...document.querySelectorAll('#list details[open] .side:last-child .card')]"
         ".map(card => card.getBoundingClientRect().top)"
     )
-    assert len(tops) == 6
+    assert len(tops) == 2
     assert len(set(tops)) == 1
     # Text of a model is text: its tags are shown and not obeyed.
     text = "document.querySelector('#list details[open] .side:last-child .card .text')"
