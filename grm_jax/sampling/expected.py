@@ -20,8 +20,8 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -267,9 +267,17 @@ def _chances(
                 _spelling_logprobs(params, config, (prefix, before), start, ending, spelled, sizes)
             )
 
-        return jax.vmap(of_place)(row.seen, row.last, row.spelled, row.sizes)
+        return _each(config, of_place, row.seen, row.last, row.spelled, row.sizes)
 
-    return jax.vmap(of_text)(_Rows(*map(jnp.asarray, rows)))
+    return _each(config, of_text, _Rows(*map(jnp.asarray, rows)))
+
+
+def _each(config: DecoderConfig, function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """Applies a function along the first axis, in parallel where the decoder allows it."""
+    if config.experts is None:
+        return jax.vmap(function)(*arguments)
+    # The grouped product of experts cannot be mapped.
+    return jax.lax.map(lambda one: function(*one), arguments)
 
 
 def _spelling_logprobs(
