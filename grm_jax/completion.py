@@ -35,19 +35,6 @@ class Completion:
     tokens: int
 
 
-def model_sampler(grm: GRM, settings: SamplingSettings) -> JudgeSampler:
-    """Runs batches on a judge's model."""
-    return JudgeSampler(
-        params=grm.params,
-        config=grm.config,
-        loop=grm._loop,
-        tokenizer=grm.tokenizer,
-        table=grm.table,
-        settings=settings,
-        mesh=grm.mesh,
-    )
-
-
 def chat_jobs(
     sampler: JudgeSampler, messages: Sequence[Mapping[str, str]], *, samples: int, seed: int
 ) -> list[PromptJob]:
@@ -127,7 +114,7 @@ def complete(
       UsageError: If a conversation is too long or a setting is wrong.
     """
     settings = SamplingSettings(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    sampler = model_sampler(grm, settings)
+    sampler = grm.sampler(settings)
     finished = run_in_order(
         (chat_jobs(sampler, chat, samples=samples, seed=seed) for chat in chats),
         jobs=lambda jobs: jobs,

@@ -184,6 +184,18 @@ class GRM:
     def _loop(self) -> tuple[DecoderConfig, Params]:
         return loop_decoder(self.config, self.params)
 
+    def sampler(self, settings: SamplingSettings) -> JudgeSampler:
+        """What draws samples from the model, for callers that form batches themselves."""
+        return JudgeSampler(
+            params=self.params,
+            config=self.config,
+            loop=self._loop,
+            tokenizer=self.tokenizer,
+            table=self.table,
+            settings=settings,
+            mesh=self.mesh,
+        )
+
     def judge(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -292,13 +304,8 @@ class GRM:
             template = load_template(template)
         if hinted and "hint" not in template.source:
             raise UsageError(f"template {template.name} has no place for a hint")
-        sampler = JudgeSampler(
-            params=self.params,
-            config=self.config,
-            loop=self._loop,
-            tokenizer=self.tokenizer,
-            table=self.table,
-            settings=SamplingSettings(
+        sampler = self.sampler(
+            SamplingSettings(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -307,8 +314,7 @@ class GRM:
                 low=template.low,
                 high=template.high,
                 batch_rows=batch_rows,
-            ),
-            mesh=self.mesh,
+            )
         )
         plan = functools.partial(
             plan_record,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from grm_jax import GRM, Judgement, rounds
-from grm_jax.completion import model_sampler
 from grm_jax.data import Comparison, from_record
 from grm_jax.errors import UsageError
 from grm_jax.prompts import load_template
@@ -97,7 +96,7 @@ def result(scores: list[list[int]]) -> PromptResult:
 
 def test_rounds_of_a_plan(tiny_grm: GRM) -> None:
     """All samples are planned once; a tie goes on to the last round, a clear case stops."""
-    sampler = model_sampler(tiny_grm, SamplingSettings(max_new_tokens=60))
+    sampler = tiny_grm.sampler(SamplingSettings(max_new_tokens=60))
     (question,) = questions(1)
     plan = rounds.plan_record(
         sampler,

@@ -29,6 +29,7 @@ from grm_jax.models import DecoderConfig
 from grm_jax.prompts import render
 from grm_jax.sampling import MetaModel
 from grm_jax.training.bt import response_tokens
+from grm_jax.training.comparisons import turns
 from grm_jax.training.pairwise import pair_tokens
 
 
@@ -164,11 +165,6 @@ class CriticJudge:
             drawn.append(replace(_sample(_rewards(self.model, read)), text=text, finish=finish))
         tokens = sum(one.tokens for critiques in written for one in critiques)
         return _Found(samples=drawn, prompts=prompts, completions=tokens)
-
-
-def turns(comparison: Comparison) -> list[dict[str, str]]:
-    """The conversation in the form that templates take."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import final
 import jax
 import numpy as np
 
-from grm_jax.completion import model_sampler
 from grm_jax.data import Comparison, Judgement, Sample
 from grm_jax.judge import GRM
 from grm_jax.models import DecoderConfig
@@ -62,7 +61,7 @@ class VerdictJudge:
         """What samples verdicts on so many responses: single scores from 1 to their number."""
         if count not in self._samplers:
             settings = replace(self.settings, low=1, high=count)
-            self._samplers[count] = model_sampler(self.grm, settings)
+            self._samplers[count] = self.grm.sampler(settings)
         return self._samplers[count]
 
     @functools.cached_property

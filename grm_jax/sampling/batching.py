@@ -223,11 +223,13 @@ class JudgeSampler:
     def room(self, samples: int, num_responses: int) -> int:
         """Samples to ask for in one job, of `samples` over all orders of the responses.
 
-        As many as an order gets on average: orders that get more have several jobs. So all records
-        with as many responses run in the same program, whatever orders were drawn.
+        About half of what an order gets on average: orders that get more have several jobs, and
+        the last of each is rarely full. So all records with as many responses run in the same
+        program, whatever orders were drawn.
         """
         orders = min(samples, math.factorial(min(num_responses, 12)))
-        return min(self.rows, power_of_two(-(-samples // orders)))
+        each = power_of_two(-(-samples // orders))
+        return min(self.rows, each if orders == 1 else max(1, each // 2))
 
     @property
     def rows(self) -> int:
