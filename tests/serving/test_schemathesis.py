@@ -9,6 +9,7 @@ import pytest
 from tests.serving.live import serve
 from tests.serving.stub import StubEngine, make_service
 
+CONFIG = Path(__file__).with_name("schemathesis.toml")
 PROGRAM = Path(sys.executable).with_name("schemathesis")
 
 
@@ -16,7 +17,7 @@ PROGRAM = Path(sys.executable).with_name("schemathesis")
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     with serve(make_service(StubEngine(limit=256), token="secret", queue=2048)) as live:
         command = [
-            PROGRAM, "run", f"http://127.0.0.1:{live.port}/openapi.json",
+            PROGRAM, "--config-file", CONFIG, "run", f"http://127.0.0.1:{live.port}/openapi.json",
             "--header", "Authorization: Bearer secret", "--max-examples", "40", "--seed", "1",
             "--no-color",
         ]  # fmt: skip
