@@ -30,31 +30,26 @@ def needs_model(snippet: str) -> bool:
     return any(word in snippet for word in _NEEDS_MODEL)
 
 
-def cases(*, model: bool) -> Iterator[object]:
-    for page in PAGES:
-        for number, snippet in enumerate(blocks(page, "python")):
-            if needs_model(snippet) == model:
-                yield pytest.param(snippet, id=f"{page.stem}-{number}")
+def execute(snippets: list[str]) -> None:
+    # Readers go from top to bottom, so a page is one program.
+    exec(compile("\n".join(snippets), "page", "exec"), {"__name__": "__main__"})
 
 
-def execute(snippet: str) -> None:
-    # As a program of its own.
-    exec(compile(snippet, "snippet", "exec"), {"__name__": "__main__"})
-
-
-@pytest.mark.parametrize("snippet", cases(model=False))
-def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    execute(snippet)
+    snippets = [text for text in blocks(page, "python") if not needs_model(text)]
+    assert snippets
+    execute(snippets)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", cases(model=True))
-def test_snippets_with_a_model_run(
-    snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_snippets_that_need_a_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    execute(snippet)
+    for page in PAGES:
+        snippets = blocks(page, "python")
+        if any(map(needs_model, snippets)):
+            execute(snippets)
 
 
 def commands() -> Iterator[object]:
@@ -69,7 +64,7 @@ def commands() -> Iterator[object]:
                         yield pytest.param(words[1:], id=f"{page.stem}-{words[1]}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_are_understood(words: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     subcommands = parser.add_subparsers(dest="command")
