@@ -78,7 +78,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         length = np.asarray([args.prompt - 1], np.int32)
         room = empty_prefix(decoder_config, rows=1, size=size)
         segment = prefill(params, config, padded, length)
-        prefix = place_prefix(room, segment, 0, decoder_config, config)
+        prefix = place_prefix(
+            room, segment, np.zeros(1, np.int32), np.zeros(1, np.int32), 1, decoder_config, config
+        )
         keys = jax.random.split(jax.random.key(count), (1, count))
         out = decode(
             decoder_params,

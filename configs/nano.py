@@ -52,13 +52,13 @@ def _rft() -> ConfigDict:
     config.sampler.files = (rft.TEACHER,)
     config.sampler.hinted = "off"
     config.batch.rows = 8
-    config.steps = 2000
+    config.steps = 1600
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_share = 0.05
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
-    config.checkpoint.every = 1000
+    config.checkpoint.every = 800
     config.log.every = 50
     return config
 
@@ -74,32 +74,32 @@ def _rl() -> ConfigDict:
     config.rollout.max_new_tokens = JUDGEMENT
     config.rollout.group = 8
     config.batch.rows = 160
-    config.steps = 60
+    config.steps = 30
     config.loss.beta = 0.02
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 5
-    config.checkpoint.every = 20
+    config.checkpoint.every = 10
     return config
 
 
 def _meta() -> ConfigDict:
     config = meta.default_config()
     config.model.name = "{workdir}/rl/model"
-    config.data.comparisons = ("nano:train:2000:2",)
+    config.data.comparisons = ("nano:train:4000:2",)
     config.data.template = "nano"
     config.data.length = 96
     config.prompt.template = "nano"
     config.prompt.single = ""
     config.sampler.model = "{workdir}/rl/model"
-    config.sampler.samples = 4
+    config.sampler.samples = 3
     config.sampler.temperature = 1.0
     config.sampler.max_new_tokens = JUDGEMENT
     config.sampler.batch_rows = 512
-    config.batch.rows = 64
-    config.steps = 150
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 10
-    config.checkpoint.every = 50
+    config.batch.rows = 32
+    config.steps = 400
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20
+    config.checkpoint.every = 200
     return config
 
 

@@ -69,7 +69,8 @@ def _rl(path: str) -> ConfigDict:
 def _eval(path: str) -> ConfigDict:
     config = evaluation.default_config()
     config.data.comparisons = (f"{path}#700:764",)
-    config.models = {"base": NAME, "rft": NAME, "rl": NAME}
+    config.models = {"base": NAME, "base_constrained": NAME, "rft": NAME, "rl": NAME}
+    config.constrained = ("base_constrained",)
     config.adapters = {"rft": "{workdir}/rft/model", "rl": "{workdir}/rl/model"}
     config.scaled = "rl"
     config.samples = 8

@@ -11,7 +11,13 @@ from grm_jax.errors import UsageError
 from grm_jax.judge import GRM
 from grm_jax.prompts import encode_chat
 from grm_jax.sampling import run_in_order
-from grm_jax.sampling.batching import JudgeSampler, PromptJob, PromptResult, SamplingSettings
+from grm_jax.sampling.batching import (
+    JudgeSampler,
+    PromptJob,
+    PromptResult,
+    SamplingSettings,
+    sample_keys,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +33,6 @@ class Completion:
     text: str
     finish: str
     tokens: int
-
-
-def model_sampler(grm: GRM, settings: SamplingSettings) -> JudgeSampler:
-    """Runs batches on a judge's model."""
-    return JudgeSampler(
-        params=grm.params,
-        config=grm.config,
-        loop=grm._loop,
-        tokenizer=grm.tokenizer,
-        table=grm.table,
-        settings=settings,
-        mesh=grm.mesh,
-    )
 
 
 def chat_jobs(
@@ -70,8 +63,7 @@ def chat_jobs(
     said = json.dumps([[turn["role"], turn["content"]] for turn in messages])
     digest = hashlib.blake2b(said.encode(), digest_size=4).digest()
     key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest, "little"))
-    # A sample's key must not depend on how many there are, as those of `split` would.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.numpy.arange(samples))
+    keys = sample_keys(key, samples)
     room = sampler.room(samples, 1)
     return [
         PromptJob(tokens=tokens, order=(0,), keys=keys[first : first + room], room=room)
@@ -122,7 +114,7 @@ def complete(
       UsageError: If a conversation is too long or a setting is wrong.
     """
     settings = SamplingSettings(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    sampler = model_sampler(grm, settings)
+    sampler = grm.sampler(settings)
     finished = run_in_order(
         (chat_jobs(sampler, chat, samples=samples, seed=seed) for chat in chats),
         jobs=lambda jobs: jobs,

@@ -41,6 +41,7 @@ from grm_jax.sampling.batching import (
     PromptResult,
     SamplingSettings,
     loop_decoder,
+    sample_keys,
 )
 from grm_jax.sampling.orders import ORDER_POLICIES
 
@@ -185,6 +186,18 @@ class GRM:
     def _loop(self) -> tuple[DecoderConfig, Params]:
         return loop_decoder(self.config, self.params)
 
+    def sampler(self, settings: SamplingSettings) -> JudgeSampler:
+        """What draws samples from the model, for callers that form batches themselves."""
+        return JudgeSampler(
+            params=self.params,
+            config=self.config,
+            loop=self._loop,
+            tokenizer=self.tokenizer,
+            table=self.table,
+            settings=settings,
+            mesh=self.mesh,
+        )
+
     def judge(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -273,13 +286,8 @@ class GRM:
             template = load_template(template)
         if hinted and "hint" not in template.source:
             raise UsageError(f"template {template.name} has no place for a hint")
-        sampler = JudgeSampler(
-            params=self.params,
-            config=self.config,
-            loop=self._loop,
-            tokenizer=self.tokenizer,
-            table=self.table,
-            settings=SamplingSettings(
+        sampler = self.sampler(
+            SamplingSettings(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -288,8 +296,7 @@ class GRM:
                 low=template.low,
                 high=template.high,
                 batch_rows=batch_rows,
-            ),
-            mesh=self.mesh,
+            )
         )
         plan = functools.partial(
             self._plan,
@@ -335,7 +342,7 @@ class GRM:
         )
         for sample, order in enumerate(shown):
             places.setdefault(order, []).append(sample)
-        keys = _sample_keys(seed, comparison.id, samples)
+        keys = sample_keys(_record_key(seed, comparison.id), samples)
         messages = [
             {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
         ]
@@ -362,9 +369,7 @@ class GRM:
                 for first in range(0, len(numbers), room):
                     part = numbers[first : first + room]
                     jobs.append(
-                        PromptJob(
-                            tokens=tokens, order=order, keys=keys[np.asarray(part)], room=room
-                        )
+                        PromptJob(tokens=tokens, order=order, keys=keys[list(part)], room=room)
                     )
                     chosen.append(tuple(part))
         except UsageError as error:
@@ -482,13 +487,9 @@ def _dtype(dtype: DTypeLike | None) -> DTypeLike:
 def _record_key(seed: int, record_id: str) -> jax.Array:
     """The random key of a record, from the seed and the record's id."""
     digest = hashlib.blake2b(record_id.encode(errors="surrogatepass"), digest_size=8).digest()
-    key = jax.random.key(seed)
-    for half in (digest[:4], digest[4:]):
-        key = jax.random.fold_in(key, int.from_bytes(half, "little"))
-    return key
+    return _fold_in(np.uint32(seed), np.frombuffer(digest, "<u4"))
 
 
-def _sample_keys(seed: int, record_id: str, samples: int) -> jax.Array:
-    """The random keys `[K]` of a record's samples."""
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(_record_key(seed, record_id), jnp.arange(1, samples + 1))
+@jax.jit
+def _fold_in(seed: jax.Array, halves: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), halves[0]), halves[1])

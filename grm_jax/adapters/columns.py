@@ -1,11 +1,15 @@
-"""Which columns of a trainer's data set say more about a prompt."""
+"""Which columns of a trainer's data set say more about a prompt, and a reward that reads them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from grm_jax.adapters.tasks import ChatPrompt, Task, read_prompt
+from grm_jax.adapters.scoring import Scorer, require_floor
+from grm_jax.adapters.tasks import ChatPrompt, Task, read_completion, read_prompt
 from grm_jax.errors import UsageError
+
+RewardFunc = Callable[..., list[float]]
+"""`reward(prompts, completions, *anything, **columns)`: a reward for each completion."""
 
 
 @final
@@ -22,6 +26,37 @@ class Columns:
     reference: str | None = "reference"
     rubric: str | None = "rubric"
     principles: str | None = "principles"
+
+
+def column_reward(
+    scorer: Scorer, trainer: str, *, columns: Columns | None, name: str
+) -> RewardFunc:
+    """The reward function of trainers that call it with whole batches and the data's columns.
+
+    Args:
+      scorer: Rates the completions.
+      trainer: Who will call it.
+      columns: Which columns of the data set say more about a prompt.
+      name: What the reward is called in logs.
+
+    Raises:
+      UsageError: If the scorer may return None, for which the trainer has no meaning.
+    """
+    require_floor(scorer, trainer)
+    names = columns or Columns()
+
+    def reward(
+        prompts: Sequence[ChatPrompt],
+        completions: Sequence[ChatPrompt],
+        *_: object,
+        **data: Any,
+    ) -> list[float]:
+        tasks = read_tasks(prompts, data, names)
+        rewards = scorer.rewards(tasks, [read_completion(said) for said in completions])
+        return [float(reward) for reward in rewards if reward is not None]
+
+    reward.__name__ = name
+    return reward
 
 
 def read_tasks(

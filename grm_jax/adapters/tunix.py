@@ -7,18 +7,12 @@ For MaxText, put `reward = tunix.maxtext_reward(Scorer(...))` in a file of your 
 file as `reward_functions_path` and `reward` among `reward_functions`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from grm_jax.adapters.columns import Columns, read_tasks
-from grm_jax.adapters.scoring import Scorer, require_floor
-from grm_jax.adapters.tasks import ChatPrompt, read_completion
-
-RewardFn = Callable[..., list[float]]
+from grm_jax.adapters.columns import Columns, RewardFunc, column_reward
+from grm_jax.adapters.scoring import Scorer
 
 
-def reward_fn(scorer: Scorer, *, columns: Columns | None = None, name: str = "grm") -> RewardFn:
-    """A reward function for Tunix's `reward_fns`, and for EasyDeL's.
+def reward_fn(scorer: Scorer, *, columns: Columns | None = None, name: str = "grm") -> RewardFunc:
+    """A reward function for Tunix's `reward_fns`.
 
     Args:
       scorer: Rates the completions.
@@ -28,54 +22,11 @@ def reward_fn(scorer: Scorer, *, columns: Columns | None = None, name: str = "gr
     Raises:
       UsageError: If the scorer may return None, which Tunix would count as 0.
     """
-    require_floor(scorer, "Tunix")
-    names = columns or Columns()
-
-    def reward(
-        prompts: Sequence[ChatPrompt], completions: Sequence[ChatPrompt], **data: Any
-    ) -> list[float]:
-        return rate_columns(scorer, names, prompts, completions, data)
-
-    reward.__name__ = name
-    return reward
+    return column_reward(scorer, "Tunix", columns=columns, name=name)
 
 
 def maxtext_reward(
     scorer: Scorer, *, columns: Columns | None = None, name: str = "grm"
-) -> RewardFn:
-    """A reward function for MaxText's `reward_functions`.
-
-    Args:
-      scorer: Rates the completions.
-      columns: Which columns of the data set say more about a prompt.
-      name: What the reward is called in logs.
-
-    Raises:
-      UsageError: If the scorer may return None, which MaxText would count as 0.
-    """
-    require_floor(scorer, "MaxText")
-    names = columns or Columns()
-
-    def reward(
-        prompts: Sequence[ChatPrompt],
-        completions: Sequence[ChatPrompt],
-        tmvp_config: object = None,
-        **data: Any,
-    ) -> list[float]:
-        return rate_columns(scorer, names, prompts, completions, data)
-
-    reward.__name__ = name
-    return reward
-
-
-def rate_columns(
-    scorer: Scorer,
-    names: Columns,
-    prompts: Sequence[ChatPrompt],
-    completions: Sequence[ChatPrompt],
-    data: dict[str, Any],
-) -> list[float]:
-    """Rewards of a batch, from a scorer that has a floor."""
-    tasks = read_tasks(prompts, data, names)
-    rewards = scorer.rewards(tasks, [read_completion(said) for said in completions])
-    return [float(reward) for reward in rewards if reward is not None]
+) -> RewardFunc:
+    """As `reward_fn`, for MaxText's `reward_functions`, which are given its configuration too."""
+    return column_reward(scorer, "MaxText", columns=columns, name=name)

@@ -138,25 +138,6 @@ def packed_batches(
     return Batches(order, begin)
 
 
-def group_by_bucket(lengths: Sequence[int], bucket: Callable[[int], int]) -> dict[int, list[int]]:
-    """Groups prompts that are padded to the same length.
-
-    Args:
-      lengths: Tokens in each prompt.
-      bucket: The padded length of a prompt of so many tokens; a ValueError if there is none.
-
-    Returns:
-      For each padded length, shortest first, the indices of its prompts in order.
-
-    Raises:
-      UsageError: A prompt fits no padded length.
-    """
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(_bucketed(length, bucket), []).append(index)
-    return dict(sorted(groups.items()))
-
-
 def pad_prompts(
     prompts: Sequence[Sequence[int]],
     *,

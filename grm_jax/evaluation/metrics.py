@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from grm_jax.errors import UsageError
+from grm_jax.training.heldout import auc as auc
 
 TiePolicy = Literal["strict", "half", "random"]
 TIE_POLICIES: tuple[str, ...] = get_args(TiePolicy)
@@ -170,34 +171,6 @@ def tie_rate(totals: ArrayLike, counts: ArrayLike) -> float:
 def unreadable_rate(valid: ArrayLike) -> float:
     """The share of samples that could not be read, from `bool[C, K]`."""
     return _mean(~np.asarray(valid, bool))
-
-
-def auc(scores: ArrayLike, positive: ArrayLike) -> float:
-    """The chance that a positive item has a higher score than a negative one, ties as a half.
-
-    The area under the ROC curve, by the statistic of Mann and Whitney, which integer scores with
-    their many ties need. An item without a score (NaN) is a tie with every other.
-
-    Args:
-      scores: `f[C]`.
-      positive: `bool[C]`.
-
-    Returns:
-      From 0 to 1; NaN if all items are of one kind.
-    """
-    scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
-    pairs = int(positive.sum()) * int((~positive).sum())
-    if pairs == 0:
-        return float("nan")
-    known = ~np.isnan(scores)
-    kinds = positive[known]
-    _, place, group = np.unique(scores[known], return_inverse=True, return_counts=True)
-    # The mean rank of equal scores, from 1.
-    ranks = (np.cumsum(group) - (group - 1) / 2)[place]
-    positives = int(kinds.sum())
-    compared = positives * (len(kinds) - positives)
-    won = ranks[kinds].sum() - positives * (positives + 1) / 2
-    return float((won + (pairs - compared) / 2) / pairs)
 
 
 def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> float:

@@ -41,6 +41,8 @@ def default_config() -> ConfigDict:
             "models": {},
             # PEFT folders of those among them that have adapters.
             "adapters": {},
+            # Names of those that must follow the layout of a judgement.
+            "constrained": (),
             # Which of them is sampled for the scaling curve.
             "scaled": "",
             "samples": 32,
@@ -73,6 +75,9 @@ def run(settings: Settings, workdir: Path) -> bool:
     adapters = {name: str(path) for name, path in settings.group_or_empty("adapters").items()}
     if not adapters.keys() <= models.keys():
         raise UsageError(f"adapters names {', '.join(adapters.keys() - models.keys())}, no model")
+    constrained = {str(name) for name in settings["constrained"]}
+    if not constrained <= models.keys():
+        raise UsageError(f"constrained names {', '.join(constrained - models.keys())}, no model")
     scaled = settings.choice("scaled", list(models))
     samples = settings.at_least("samples", 1)
     ks = [int(k) for k in settings["ks"]]
@@ -85,7 +90,7 @@ def run(settings: Settings, workdir: Path) -> bool:
         "batch_rows": settings.at_least("batch_rows", 0) or None,
         "seed": seed,
     }
-    sampled = {**common, "samples": samples, "temperature": float(settings["temperature"])}
+    temperature = float(settings["temperature"])
     meta_name, meta_template = str(settings["meta_model"]), str(settings["meta_template"])
     names = [str(name) for name in settings["data.comparisons"]]
     if not names:
@@ -99,6 +104,7 @@ def run(settings: Settings, workdir: Path) -> bool:
     for name, path in models.items():
         grm = GRM.from_pretrained(path, adapter=adapters.get(name))
         file = workdir / f"greedy_{name}.jsonl"
+        common["constrain"] = name in constrained
         judged = _judge(name, grm, comparisons, file, {**common, "samples": 1, "temperature": 0.0})
         right = _right(judged)
         interval = bootstrap_mean(right, seed=seed)
@@ -112,6 +118,7 @@ def run(settings: Settings, workdir: Path) -> bool:
             meta = None
             if meta_name:
                 meta = GRM.meta_model(meta_name, template=meta_template)
+            sampled = {**common, "samples": samples, "temperature": temperature}
             votes = _judge(name, grm, comparisons, workdir / "sampled.jsonl", sampled, meta)
             arrays = (votes.scores, votes.valid, votes.right, votes.counts)
             found["curves"]["vote"] = scaling_curve(*arrays, ks=ks, seed=seed)

@@ -160,7 +160,7 @@ class Teacher:
         problem = read_problem(comparison.messages[-1]["content"])
         answers = [read_digits(response) for response in comparison.responses]
         count = rng.choices(range(1, len(self.checks) + 1), self.checks)[0]
-        places = sorted(rng.sample(range(len(PLACES)), count))
+        places = rng.sample(range(len(PLACES)), count)
         slips = [0] * len(answers)
         analysis = ""
         for place in places:

@@ -38,6 +38,9 @@ from grm_jax.sampling.scheduling import bucket, power_of_two
 _CPU_ROWS = 32
 _ACCELERATOR_ROWS = 256
 _LEAST_ROOM = 512
+# Tokens of prompts that are read at a time, for each row of a decoding batch: about what fills the
+# machine.
+_READ_TOKENS = 8
 _CPU_CACHE_BYTES = 2 << 30
 _ACCELERATOR_CACHE_BYTES = 16 << 30
 
@@ -87,13 +90,13 @@ class PromptJob:
     Attributes:
       tokens: The prompt's token ids; at least two.
       order: Input indices of the responses in the order of the prompt.
-      keys: `[k]` random keys, one a sample.
+      keys: `u32[k, ...]`, the data of a random key for each sample, from `sample_keys`.
       room: Samples that the job's row of a batch has room for, at least k.
     """
 
     tokens: Sequence[int]
     order: tuple[int, ...]
-    keys: jax.Array
+    keys: np.ndarray
     room: int
 
 
@@ -119,6 +122,25 @@ class PromptResult:
     logprobs: np.ndarray
     sampled_logprobs: np.ndarray
     seconds: float
+
+
+def sample_keys(key: jax.Array, samples: int) -> np.ndarray:
+    """A random key for each sample, the same for the first ones however many there are.
+
+    Args:
+      key: Of the record.
+      samples: K.
+
+    Returns:
+      `u32[K, ...]`, their data, on the host: where each goes is decided there.
+    """
+    return np.asarray(_key_data(key, power_of_two(samples)))[:samples]
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _key_data(key: jax.Array, count: int) -> jax.Array:
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.random.key_data(fold(key, jnp.arange(1, count + 1)))
 
 
 def loop_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
@@ -199,11 +221,13 @@ class JudgeSampler:
     def room(self, samples: int, num_responses: int) -> int:
         """Samples to ask for in one job, of `samples` over all orders of the responses.
 
-        As many as an order gets on average: orders that get more have several jobs. So all records
-        with as many responses run in the same program, whatever orders were drawn.
+        About half of what an order gets on average: orders that get more have several jobs, and
+        the last of each is rarely full. So all records with as many responses run in the same
+        program, whatever orders were drawn.
         """
         orders = min(samples, math.factorial(min(num_responses, 12)))
-        return min(self.rows, power_of_two(-(-samples // orders)))
+        each = power_of_two(-(-samples // orders))
+        return min(self.rows, each if orders == 1 else max(1, each // 2))
 
     @property
     def rows(self) -> int:
@@ -253,17 +277,28 @@ class JudgeSampler:
 
     def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, rows: int) -> Segment:
         prefix = empty_prefix(self.loop[0], rows=rows, size=shape.prompt)
-        # One prompt at a time: it fills the machine by itself, and no neighbour can change it. What
-        # several rows begin with is read once; such rows follow one another.
-        before: Sequence[int] | None = None
+        # Rows by prompt, and those by length: what several rows begin with is read once, and as
+        # many prompts at a time as the length of each says, so that no neighbour can change it.
+        groups: dict[int, dict[tuple[int, ...], list[int]]] = {}
         for row, job in enumerate(jobs):
-            if job.tokens is not before:
-                tokens = np.zeros((1, bucket(len(job.tokens) - 1)), np.int32)
-                tokens[0, : len(job.tokens) - 1] = job.tokens[:-1]
-                length = np.asarray([len(job.tokens) - 1], np.int32)
-                segment = prefill(self.params, self.config, tokens, length)
-                before = job.tokens
-            prefix = place_prefix(prefix, segment, row, self.loop[0], self.config)
+            read = tuple(job.tokens[:-1])
+            groups.setdefault(bucket(len(read)), {}).setdefault(read, []).append(row)
+        for length, prompts in groups.items():
+            at_once = max(1, min(rows, self.rows * _READ_TOKENS // length))
+            for first in range(0, len(prompts), at_once):
+                part = list(prompts)[first : first + at_once]
+                tokens = np.zeros((at_once, length), np.int32)
+                lengths = np.ones(at_once, np.int32)
+                places = np.zeros((2, rows), np.int32)
+                count = 0
+                for index, read in enumerate(part):
+                    tokens[index, : len(read)] = read
+                    lengths[index] = len(read)
+                    for row in prompts[read]:
+                        places[:, count] = row, index
+                        count += 1
+                segment = prefill(self.params, self.config, tokens, lengths)
+                prefix = place_prefix(prefix, segment, *places, count, self.loop[0], self.config)
         return prefix
 
     def _decode(
@@ -272,7 +307,7 @@ class JudgeSampler:
         settings = self.settings
         # Rows and samples that only fill the batch up repeat real ones; nothing reads them.
         padded = [jobs[row % len(jobs)] for row in range(rows)]
-        keys = jnp.stack([job.keys[np.arange(shape.samples) % len(job.keys)] for job in padded])
+        keys = np.stack([job.keys[np.arange(shape.samples) % len(job.keys)] for job in padded])
         order = np.tile(np.arange(shape.responses, dtype=np.int32), (rows, 1))
         for row, job in enumerate(padded):
             order[row, : len(job.order)] = job.order
@@ -290,7 +325,7 @@ class JudgeSampler:
             config,
             prefix,
             np.asarray([job.tokens[-1] for job in padded], np.int32),
-            keys,
+            jax.random.wrap_key_data(keys),
             Controls(
                 temperature=jnp.float32(settings.temperature),
                 top_p=jnp.float32(settings.top_p),

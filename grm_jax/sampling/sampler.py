@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grm_jax.models import (
     DecoderConfig,
@@ -103,43 +104,53 @@ def empty_prefix(config: DecoderConfig, *, rows: int, size: int) -> Segment:
 def place_prefix(
     prefix: Segment,
     segment: Segment,
-    row: jax.Array | int,
+    rows: jax.Array | np.ndarray,
+    prompts: jax.Array | np.ndarray,
+    count: jax.Array | int,
     config: DecoderConfig,
     reader: DecoderConfig,
 ) -> Segment:
-    """Writes the segment of one prompt into a row.
+    """Writes prompts into rows, one after another and in place.
 
     Args:
       prefix: From `empty_prefix`; used up.
-      segment: From `prefill`, of one prompt.
-      row: Which row.
+      segment: From `prefill`.
+      rows: `i32[M]`, rows to write to.
+      prompts: `i32[M]`, which prompt of the segment each of them gets.
+      count: How many of the M are to be written; the others only keep the shape the same.
       config: Of the decoder that runs the loop.
-      reader: Of the one that read the prompt, whose layers may be stacked where the other's are
+      reader: Of the one that read the prompts, whose layers may be stacked where the other's are
         not.
 
     Returns:
-      The prefix with the prompt in its row.
+      The prefix with the prompts in their rows.
     """
+    rows, prompts = jnp.asarray(rows), jnp.asarray(prompts)
+    axis = 1 if config.scan_layers else 0
+    keys, values = segment.keys, segment.values
+    if reader.scan_layers and not config.scan_layers:
+        keys, values = (
+            tuple(layer_of(stacked, reader, layer) for layer in range(config.num_layers))
+            for stacked in (keys, values)
+        )
 
-    def put(room: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        place = [jnp.int32(0)] * room.ndim
-        place[axis] = jnp.int32(row)
-        return jax.lax.dynamic_update_slice(room, new.astype(room.dtype), place)
+    def put(index: jax.Array, held: Segment) -> Segment:
+        row, prompt = rows[index], prompts[index]
 
-    def write(room: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
-        if config.scan_layers:
-            return jax.tree.map(lambda one, other: put(one, other, 1), room, new)
-        layers = new
-        if reader.scan_layers:
-            layers = tuple(layer_of(new, reader, layer) for layer in range(config.num_layers))
-        return jax.tree.map(lambda one, other: put(one, other, 0), room, layers)
+        def write(room: jax.Array, new: jax.Array) -> jax.Array:
+            one = jax.lax.dynamic_index_in_dim(new, prompt, axis).astype(room.dtype)
+            place = [jnp.int32(0)] * room.ndim
+            place[axis] = row
+            return jax.lax.dynamic_update_slice(room, one, place)
 
-    return Segment(
-        write(prefix.keys, segment.keys),
-        write(prefix.values, segment.values),
-        prefix.start.at[row].set(segment.start[0]),
-        prefix.length.at[row].set(segment.length[0]),
-    )
+        return Segment(
+            jax.tree.map(write, held.keys, keys),
+            jax.tree.map(write, held.values, values),
+            held.start.at[row].set(segment.start[prompt]),
+            held.length.at[row].set(segment.length[prompt]),
+        )
+
+    return jax.lax.fori_loop(0, count, put, prefix)
 
 
 @functools.partial(

@@ -14,7 +14,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Shape = TypeVar("Shape", bound=Hashable)
 
-LENGTHS = tuple(size << doubling for doubling in range(11) for size in (128, 192))
+LENGTHS = tuple(size << doubling for doubling in range(13) for size in (32, 48))
 """Padded lengths, in tokens: two to a doubling, so that few programs are compiled."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from grm_jax.completion import Completion, chat_jobs, model_sampler, read_answers
+from grm_jax.completion import Completion, chat_jobs, read_answers
 from grm_jax.data import Comparison, Judgement, Message
 from grm_jax.judge import GRM
 from grm_jax.prompts import Template
@@ -87,7 +87,7 @@ class ModelEngine:
         # They hold little but tables of layouts, yet clients choose the settings.
         if settings not in self._samplers and len(self._samplers) >= 64:
             self._samplers.clear()
-        return self._samplers.setdefault(settings, model_sampler(self.grm, settings))
+        return self._samplers.setdefault(settings, self.grm.sampler(settings))
 
     def plan(self, request: JudgeRequest | ChatRequest) -> Plan:
         """How a request is worked off.

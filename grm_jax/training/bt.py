@@ -7,32 +7,21 @@ has the higher number. Records of a single response have nothing to compare and 
 is one of the baselines of arXiv:2504.02495, appendix C.2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grm_jax.distributed import make_mesh
 from grm_jax.prompts import Tokenizer, encode_chat
-from grm_jax.training.classifiers import (
-    Group,
-    heldout_config,
-    make_group,
-    preferred,
-    row_length,
-    train_classifier,
-    turns,
-)
-from grm_jax.training.config import Settings, base_config
-from grm_jax.training.model import open_model
-from grm_jax.training.pairs import Pair, pair_data, pair_groups
+from grm_jax.training.classifiers import preferred
+from grm_jax.training.comparisons import turns
+from grm_jax.training.config import Settings
+from grm_jax.training.pairs import Pair, pair_config, train_on_pairs
 
 
 def default_config() -> ConfigDict:
     """Every key of the stage with its default; `data.comparisons` is for the user to fill in."""
-    config = base_config("bt")
-    config.data = pair_data()
-    config.heldout = heldout_config()
+    config = pair_config("bt")
     # How strongly rewards are kept around 0; see `bradley_terry_loss`.
     config.centre = 0.0
     return config
@@ -52,24 +41,13 @@ def run(settings: Settings, workdir: Path) -> bool:
     Raises:
       UsageError: A setting or the data is wrong.
     """
-    mesh = make_mesh(settings.group("mesh"))
-    model = open_model(settings, mesh, num_labels=1)
-    length = row_length(settings, model.config)
 
-    def encode(pair: Pair) -> Group:
+    def write(tokenizer: Tokenizer, pair: Pair) -> Iterator[list[int]]:
         messages, responses = turns(pair.comparison), pair.comparison.responses
-        return make_group(
-            lambda: [
-                response_tokens(model.tokenizer, messages, responses[index])
-                for index in (pair.best, pair.other)
-            ],
-            (1.0, 0.0),
-            length=length,
-        )
+        for index in (pair.best, pair.other):
+            yield response_tokens(tokenizer, messages, responses[index])
 
-    data = pair_groups(settings, workdir, encode)
-    objective = preferred(float(settings["centre"]))
-    return train_classifier(settings, workdir, mesh, model, data, objective)
+    return train_on_pairs(settings, workdir, write, preferred(float(settings["centre"])))
 
 
 def response_tokens(

@@ -23,7 +23,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from grm_jax.data import Comparison
 from grm_jax.data.pipeline import Source, batches
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, reward
@@ -32,14 +31,14 @@ from grm_jax.training.checkpointing import write_atomically
 from grm_jax.training.config import Settings
 from grm_jax.training.heldout import auc
 from grm_jax.training.learner import Learner, Loss, check_rows, make_learner
-from grm_jax.training.loop import Advanced, Run, train
+from grm_jax.training.loop import Advanced
 from grm_jax.training.losses import (
     Metrics,
     binary_reward_loss,
     bradley_terry_loss,
     loss_denominator,
 )
-from grm_jax.training.model import Model, save_model
+from grm_jax.training.model import Model, train_model
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.state import TrainState
 
@@ -181,11 +180,6 @@ def row_length(settings: Settings, config: DecoderConfig) -> int:
             f"data.length is {length}, but the model reads {config.max_context} tokens"
         )
     return length
-
-
-def turns(comparison: Comparison) -> list[dict[str, str]]:
-    """The conversation in the form that templates take."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
 
 
 def make_group(
@@ -347,7 +341,7 @@ class HeldOut:
         loss, metrics = self._measure(scores, labels, mask, count)
         out = {"loss": float(loss), **{name: float(value) for name, value in metrics.items()}}
         if self._objective.ranks:
-            out["auc"] = auc(scores.reshape(-1), labels.reshape(-1))
+            out["auc"] = auc(scores.reshape(-1), labels.reshape(-1) > 0.5)
         return out
 
 
@@ -414,20 +408,17 @@ def train_classifier(
         metrics |= {name: jnp.asarray(value, jnp.float32) for name, value in more.items()}
         return Advanced(state=after, metrics=metrics, learnt=padded)
 
-    outcome = train(
-        Run(
-            settings=settings,
-            workdir=workdir,
-            learner=learner,
-            load=model.load,
-            batches=groups,
-            advance=advance,
-        )
+    state = train_model(
+        model,
+        settings=settings,
+        workdir=workdir,
+        learner=learner,
+        batches=groups,
+        advance=advance,
     )
-    if not outcome.finished:
+    if state is None:
         return False
-    save_model(model, outcome.state, workdir / "model")
-    found = heldout.measure(outcome.state)
+    found = heldout.measure(state)
     problems = Counter(group.problem for group in data.heldout if group.problem)
     if jax.process_index() == 0:
         report = {

@@ -12,28 +12,19 @@ comparison's responses.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from grm_jax.data import Comparison
-from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.prompts import load_template
+from grm_jax.prompts import Tokenizer, load_template
 from grm_jax.sampling import judged_tokens
-from grm_jax.training.classifiers import (
-    Group,
-    heldout_config,
-    make_group,
-    preferred,
-    row_length,
-    train_classifier,
-    turns,
-)
-from grm_jax.training.config import Settings, base_config
-from grm_jax.training.model import open_model
-from grm_jax.training.pairs import Pair, pair_data, pair_groups
+from grm_jax.training.classifiers import preferred
+from grm_jax.training.comparisons import turns
+from grm_jax.training.config import Settings
+from grm_jax.training.pairs import Pair, pair_config, train_on_pairs
 
 
 def default_config() -> ConfigDict:
@@ -41,12 +32,10 @@ def default_config() -> ConfigDict:
 
     `data.comparisons` and `data.critiques` are for the user to fill in.
     """
-    config = base_config("cloud")
-    config.data = pair_data()
+    config = pair_config("cloud")
     # Files of critiques, and how the model is shown what they are about.
     config.data.critiques = ()
     config.data.template = "meta"
-    config.heldout = heldout_config()
     # How strongly rewards are kept around 0; see `bradley_terry_loss`.
     config.centre = 0.0
     return config
@@ -67,10 +56,7 @@ def run(settings: Settings, workdir: Path) -> bool:
     Raises:
       UsageError: A setting or the data is wrong.
     """
-    mesh = make_mesh(settings.group("mesh"))
-    model = open_model(settings, mesh, num_labels=1)
     template = load_template(str(settings["data.template"]))
-    length = row_length(settings, model.config)
     critiques = read_critiques([Path(file) for file in settings["data.critiques"]])
 
     def refuse(comparison: Comparison) -> str | None:
@@ -79,23 +65,15 @@ def run(settings: Settings, workdir: Path) -> bool:
             return "no_critiques"
         return None if len(found) == len(comparison.responses) else "wrong_number_of_critiques"
 
-    def encode(pair: Pair) -> Group:
+    def write(tokenizer: Tokenizer, pair: Pair) -> Iterator[list[int]]:
         messages, responses = turns(pair.comparison), pair.comparison.responses
         written = critiques[pair.comparison.id]
-        return make_group(
-            lambda: [
-                judged_tokens(
-                    model.tokenizer, template, messages, [responses[index]], written[index]
-                )
-                for index in (pair.best, pair.other)
-            ],
-            (1.0, 0.0),
-            length=length,
-        )
+        for index in (pair.best, pair.other):
+            shown = [responses[index]]
+            yield judged_tokens(tokenizer, template, messages, shown, written[index])
 
-    data = pair_groups(settings, workdir, encode, refuse=refuse)
     objective = preferred(float(settings["centre"]))
-    return train_classifier(settings, workdir, mesh, model, data, objective)
+    return train_on_pairs(settings, workdir, write, objective, refuse=refuse)
 
 
 def read_critiques(paths: Sequence[Path]) -> Mapping[str, tuple[str, ...]]:

@@ -32,24 +32,29 @@ def evenly(records: Sequence[Record], limit: int) -> list[Record]:
     return [records[index * len(records) // limit] for index in range(limit)]
 
 
-def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """The chance that a positive has a higher score than a negative, where a tie counts as half.
+def auc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """The chance that a positive item has a higher score than a negative one, ties as a half.
 
-    That is the area under the ROC curve, joined by straight lines where scores are equal.
+    The area under the ROC curve, by the statistic of Mann and Whitney, which integer scores with
+    their many ties need. An item without a score (NaN) is a tie with every other.
 
     Args:
-      scores: `f32[n]`, none of them NaN.
-      labels: `bool[n]`, whether each is a positive.
+      scores: `f[n]`.
+      positive: `bool[n]`.
 
     Returns:
-      From 0 to 1; NaN if there are no positives or no negatives.
+      From 0 to 1; NaN if all items are of one kind.
     """
-    scores, positive = np.asarray(scores, np.float64), np.asarray(labels) > 0.5
-    negatives = np.sort(scores[~positive])
-    pairs = positive.sum() * len(negatives)
-    if not pairs:
+    scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
+    pairs = int(positive.sum()) * int((~positive).sum())
+    if pairs == 0:
         return float("nan")
-    below, not_above = (
-        np.searchsorted(negatives, scores[positive], side=side) for side in ("left", "right")
-    )
-    return float((below + not_above).sum() / (2 * pairs))
+    known = ~np.isnan(scores)
+    kinds = positive[known]
+    _, place, group = np.unique(scores[known], return_inverse=True, return_counts=True)
+    # The mean rank of equal scores, from 1.
+    ranks = (np.cumsum(group) - (group - 1) / 2)[place]
+    positives = int(kinds.sum())
+    compared = positives * (len(kinds) - positives)
+    won = ranks[kinds].sum() - positives * (positives + 1) / 2
+    return float((won + (pairs - compared) / 2) / pairs)

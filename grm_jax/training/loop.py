@@ -57,7 +57,8 @@ class Run:
       settings: The run's; all that the stage wants of it has been read.
       workdir: Where everything goes.
       learner: The step.
-      load: Loads the parameters that learn and the frozen ones, each its own time.
+      load_params: Loads the parameters that learn, for a run that begins.
+      load_frozen: Loads the others, for one that goes on as well.
       batches: The data.
       advance: One step: from the state and a batch as the data has it.
       updates: Of the learner in a step.
@@ -66,7 +67,8 @@ class Run:
     settings: Settings
     workdir: Path
     learner: Learner
-    load: Callable[[], tuple[Params, Params]]
+    load_params: Callable[[], Params]
+    load_frozen: Callable[[], Params]
     batches: Batches[Any]
     advance: Callable[[Any, Any], Advanced]
     updates: int = 1
@@ -117,9 +119,9 @@ def train(run: Run) -> Outcome:
                 provenance={"versions": about["versions"], "commit": about["commit"]},
             )
         )
-        restored = checkpoints.restore(run.learner.target, lambda: run.load()[1])
+        restored = checkpoints.restore(run.learner.target, run.load_frozen)
         if restored is None:
-            step, state = 0, run.learner.begin(*run.load(), seed)
+            step, state = 0, run.learner.begin(run.load_params(), run.load_frozen(), seed)
         else:
             step, state = restored.step // run.updates, restored.state
             run.batches.set_state(restored.position)
@@ -181,7 +183,6 @@ class _Report:
         self._metrics = metrics
         self._workdir = workdir
         self._waiting: tuple[int, losses.Metrics, Any] | None = None
-        self._skipped: int | None = None
 
     def take(self, step: int, measured: losses.Metrics, learnt: Any) -> None:
         """Takes the metrics of a step that was begun, and settles those of the one before."""

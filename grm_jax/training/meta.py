@@ -13,7 +13,7 @@ work is.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,8 +25,6 @@ from grm_jax.data.pipeline import Mapped, Source
 from grm_jax.data.trajectories import Trajectory
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.judge import GRM
-from grm_jax.models import dtype_name
 from grm_jax.prompts import Template, Tokenizer, load_template
 from grm_jax.sampling import judged_tokens
 from grm_jax.training.classifiers import (
@@ -38,17 +36,23 @@ from grm_jax.training.classifiers import (
     make_group,
     row_length,
     train_classifier,
+)
+from grm_jax.training.comparisons import (
+    all_comparisons,
+    comparison_data,
+    comparison_sources,
     turns,
 )
-from grm_jax.training.comparisons import all_comparisons, comparison_data, comparison_sources
 from grm_jax.training.config import Settings, base_config
 from grm_jax.training.heldout import evenly, is_held_out
 from grm_jax.training.model import open_model
 from grm_jax.training.trajectories import (
     Templates,
+    judge_settings,
     load_templates,
     load_trajectories,
     sample_trajectories,
+    sampler_config,
 )
 
 SAMPLED = "trajectories"
@@ -89,23 +93,8 @@ def default_config() -> ConfigDict:
             "single": "single01",
         }
     )
-    config.sampler = ConfigDict(
-        {
-            # The policy that is to be guided, whose own judgements are learnt from as well, and its
-            # adapters; empty for none.
-            "model": "",
-            "adapter": "",
-            # Its judgements of each comparison, and how they are sampled; as in the stage `rft`.
-            "samples": 3,
-            "temperature": 0.5,
-            "top_p": 1.0,
-            "max_new_tokens": 512,
-            "constrain": False,
-            "orders": "shuffle",
-            "batch_rows": 0,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1},
-        }
-    )
+    # The policy that is to be guided, whose own judgements are learnt from as well.
+    config.sampler = sampler_config()
     config.heldout = heldout_config()
     return config
 
@@ -189,40 +178,18 @@ def sample_policy(
     Raises:
       UsageError: There is no such model, or a setting is wrong.
     """
-    name, adapter = str(settings["sampler.model"]), str(settings["sampler.adapter"])
-    shape, dtype = settings.group("sampler.mesh"), str(settings["model.dtype"])
-    how: dict[str, Any] = {
-        "samples": settings.at_least("sampler.samples", 1),
-        "temperature": float(settings["sampler.temperature"]),
-        "top_p": float(settings["sampler.top_p"]),
-        "max_new_tokens": settings.at_least("sampler.max_new_tokens", 1),
-        "constrain": bool(settings["sampler.constrain"]),
-        "orders": str(settings["sampler.orders"]),
-        "batch_rows": settings.at_least("sampler.batch_rows", 0) or None,
-        "seed": settings.at_least("seed", 0),
-    }
-    if not name:
+    judge = judge_settings(settings)
+    if not judge.model:
         return []
-
-    def load() -> GRM:
-        # The devices of this process alone, as each samples by itself.
-        devices = jax.local_devices()
-        return GRM.from_pretrained(
-            name,
-            adapter=adapter or None,
-            mesh=make_mesh(shape, devices) if len(devices) > 1 else None,
-            dtype=None if dtype == "auto" else dtype_name(dtype),
-        )
-
     index, count = jax.process_index(), jax.process_count()
     files = [workdir / SAMPLED / f"{number + 1}-of-{count}.jsonl" for number in range(count)]
     sample_trajectories(
-        load,
+        judge.load,
         comparisons[index::count],
         files[index],
-        name=f"{name} with {adapter}" if adapter else name,
+        name=judge.name,
         templates=templates,
-        **how,
+        **judge.how,
     )
     if count > 1:
         multihost_utils.sync_global_devices("judgements of the policy")

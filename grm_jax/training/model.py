@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from grm_jax import checkpoints
+from grm_jax.data.pipeline import Batches
 from grm_jax.distributed import tree_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import (
     DecoderConfig,
+    DtypeName,
     Lora,
     Params,
     Rope,
@@ -36,7 +38,9 @@ from grm_jax.models import (
 from grm_jax.prompts import Tokenizer, save_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training.config import Settings
+from grm_jax.training.learner import Learner
 from grm_jax.training.logprobs import token_logprobs
+from grm_jax.training.loop import Advanced, Run, train
 from grm_jax.training.state import TrainState, shardings_of
 
 NANO = "nano"
@@ -57,7 +61,8 @@ class Model:
       tokenizer: Its tokenizer.
       params: Shapes and shardings of what learns.
       frozen: Those of the base model under adapters; empty without.
-      load: Loads both.
+      load_params: Loads what learns, as it is before the first step.
+      load_frozen: Loads the rest.
     """
 
     name: str
@@ -65,7 +70,8 @@ class Model:
     tokenizer: Tokenizer
     params: Params
     frozen: Params
-    load: Callable[[], tuple[Params, Params]]
+    load_params: Callable[[], Params]
+    load_frozen: Callable[[], Params]
 
 
 def open_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0) -> Model:
@@ -82,95 +88,218 @@ def open_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0) -> Model:
     """
     name = str(settings["model.name"])
     shape = settings.group_or_empty("model.shape")
-    own_tokenizer = str(settings["model.tokenizer"])
     random = bool(settings["model.random"]) or bool(shape)
     opened = None if shape else checkpoints.open_checkpoint(name)
-    if own_tokenizer == NANO:
-        tokenizer = nano_tokenizer()
-    elif own_tokenizer:
-        tokenizer = tokenizer_from_folder(Path(own_tokenizer))
-    elif opened is None:
-        raise UsageError("model.shape has no tokenizer; name a folder in model.tokenizer")
-    elif opened.metadata is not None:
-        tokenizer = tokenizer_from_gguf(opened.metadata)
-    else:
-        tokenizer = tokenizer_from_folder(opened.path, vocab_size=opened.config.vocab_size)
-    named = settings.choice("model.dtype", ("auto", "float32", "bfloat16"))
-    if named == "auto":
-        named = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = dtype_name(named)
-    stored = _from_scratch(shape, tokenizer) if opened is None else opened.config
+    tokenizer = _open_tokenizer(str(settings["model.tokenizer"]), opened)
+    dtype = _compute_type(settings)
+    stored = decoder_of_shape(shape, tokenizer) if opened is None else opened.config
     if stored.num_labels not in (0, num_labels):
         raise UsageError(
             f"{name} is a classifier of {stored.num_labels} outputs; this stage cannot begin there"
         )
-    remat = bool(settings["model.remat"])
-    plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
+    placed = place_model(settings, mesh, stored, dtype=dtype, num_labels=num_labels)
     key = jax.random.key(settings.at_least("seed", 0))
     adapter = str(settings["model.adapter"])
-    lora = _lora(settings)
+    lora = placed.config.lora
     if (lora or adapter) and (random or opened is None):
         raise UsageError("random parameters have nothing to adapt; set model.lora_rank to 0")
     if adapter and lora is None:
         raise UsageError("model.adapter is to be trained further; set model.lora_rank to its rank")
+    base = _Base(
+        opened=None if random else opened,
+        config=dataclasses.replace(placed.config, lora=None),
+        key=key,
+        mesh=mesh,
+    )
+    if lora is None:
+        load_params = functools.partial(base.load, jnp.float32, shardings_of(placed.params))
+        load_frozen: Callable[[], Params] = dict
+    else:
+        load_params = functools.partial(_load_adapters, base, placed, adapter)
+        load_frozen = functools.partial(_load_frozen, base, placed)
+    return Model(
+        name=name,
+        config=placed.config,
+        tokenizer=tokenizer,
+        params=placed.params,
+        frozen=placed.frozen,
+        load_params=load_params,
+        load_frozen=load_frozen,
+    )
 
-    def read(kind: DTypeLike, shardings: Params) -> Params:
-        """What is stored, and a new head if none is."""
-        if opened is None or random:
-            make = functools.partial(init_params, plain)
-            return jax.jit(make, out_shardings=shardings)(key)
-        if stored.num_labels == num_labels:
-            return opened.load(kind, shardings)
-        body = _placed(stored, abstract_params(stored), mesh)
-        params = dict(opened.load(kind, shardings_of(body)))
+
+class Placed(NamedTuple):
+    """What there is of a model on a mesh; see `Model` for each."""
+
+    config: DecoderConfig
+    params: Params
+    frozen: Params
+
+
+def place_model(
+    settings: Settings,
+    mesh: Mesh,
+    stored: DecoderConfig,
+    *,
+    dtype: DtypeName,
+    num_labels: int = 0,
+) -> Placed:
+    """Which parameters learn, which do not, and where they live; makes none of them.
+
+    Args:
+      settings: The run's.
+      mesh: Where the parameters will live.
+      stored: The decoder as its checkpoint has it.
+      dtype: What it computes in.
+      num_labels: As in `open_model`.
+
+    Raises:
+      UsageError: The adapters do not fit the decoder.
+    """
+    remat, lora = bool(settings["model.remat"]), _lora(settings)
+    plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
+    if lora is None:
+        return Placed(plain, _placed(plain, abstract_params(plain), mesh), {})
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    # Only to have what does not fit said in one place.
+    jax.eval_shape(lambda key: add_lora(plain, abstract_params(plain), lora, key)[1], key)
+    adapted = dataclasses.replace(plain, lora=lora)
+    params, _ = split_lora(_placed(adapted, abstract_params(adapted), mesh))
+    frozen = dict(_placed(plain, abstract_params(plain, dtype), mesh))
+    if num_labels:
+        head = frozen.pop(HEAD)
+        learnt = jax.ShapeDtypeStruct(head.shape, jnp.float32, sharding=head.sharding)
+        params = {**params, HEAD: learnt}
+    return Placed(adapted, params, frozen)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Base:
+    """A model without adapters.
+
+    Attributes:
+      opened: Where its parameters are stored; None to draw them.
+      config: The decoder's; it may be a classifier where what is stored is not.
+      key: Of what is drawn.
+      mesh: Where the parameters will live.
+    """
+
+    opened: checkpoints.Checkpoint | None
+    config: DecoderConfig
+    key: jax.Array
+    mesh: Mesh
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a classifier's head is not among what is stored."""
+        return self.opened is not None and self.opened.config.num_labels != self.config.num_labels
+
+    def new_head(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """A classifier's head that has learnt nothing."""
+        shape = (self.config.num_labels, self.config.width)
+        return jax.device_put(jnp.zeros(shape, jnp.float32), sharding)
+
+    def load(self, dtype: DTypeLike, shardings: Params) -> Params:
+        """The parameters, with a new head if none is stored."""
+        if self.opened is None:
+            make = functools.partial(init_params, self.config)
+            return jax.jit(make, out_shardings=shardings)(self.key)
+        if not self.needs_head:
+            return self.opened.load(dtype, shardings)
+        stored = self.opened.config
+        body = _placed(stored, abstract_params(stored), self.mesh)
+        params = dict(self.opened.load(dtype, shardings_of(body)))
         # A classifier has no matrix to make logits with.
         params.pop("head", None)
-        head = jnp.zeros((num_labels, plain.width), jnp.float32)
-        return {**params, HEAD: jax.device_put(head, shardings[HEAD])}
+        return {**params, HEAD: self.new_head(shardings[HEAD])}
 
-    frozen: Params = {}
-    if lora is None:
-        params = _placed(plain, abstract_params(plain), mesh)
 
-        def load() -> tuple[Params, Params]:
-            return read(jnp.float32, shardings_of(params)), {}
+def _load_adapters(base: _Base, placed: Placed, adapter: str) -> Params:
+    """What learns beside a base model: adapters, and a classifier's head.
+
+    Args:
+      base: The base model.
+      placed: From `place_model`.
+      adapter: A PEFT folder; empty for new adapters.
+    """
+    adapted, (shardings, _) = placed.config, split_lora(shardings_of(placed.params))
+    if adapter:
+        found, adapters = checkpoints.load_adapter(Path(adapter), base.config, {}, base.mesh)
+        if found.lora != adapted.lora:
+            raise UsageError(
+                f"{adapter} has {found.lora}, but the configuration asks for {adapted.lora}"
+            )
     else:
-        base = _placed(plain, abstract_params(plain, dtype), mesh)
-        # Only to have what does not fit said in one place.
-        jax.eval_shape(lambda key: add_lora(plain, abstract_params(plain), lora, key)[1], key)
-        adapted = dataclasses.replace(plain, lora=lora)
-        params, _ = split_lora(_placed(adapted, abstract_params(adapted), mesh))
-        frozen = dict(base)
-        if num_labels:
-            head = frozen.pop(HEAD)
-            params = {
-                **params,
-                HEAD: jax.ShapeDtypeStruct(head.shape, jnp.float32, sharding=head.sharding),
-            }
+        # Of all parameters, the compiler makes those that are asked for.
+        make = jax.jit(
+            lambda key: split_lora(init_params(adapted, key))[0], out_shardings=shardings
+        )
+        adapters = make(base.key)
+    if not adapted.num_labels:
+        return adapters
+    if base.needs_head:
+        head = base.new_head(placed.params[HEAD].sharding)
+    else:
+        head = _load_whole(base, placed)[HEAD].astype(jnp.float32)
+    return {**adapters, HEAD: head}
 
-        def load() -> tuple[Params, Params]:
-            fixed = dict(read(jnp.dtype(dtype), shardings_of(base)))
-            learning = {}
-            if num_labels:
-                learning[HEAD] = fixed.pop(HEAD).astype(jnp.float32)
-            if adapter:
-                found, both = checkpoints.load_adapter(Path(adapter), plain, fixed, mesh)
-                if found.lora != lora:
-                    raise UsageError(
-                        f"{adapter} has {found.lora}, but the configuration asks for {lora}"
-                    )
-                return {**split_lora(both)[0], **learning}, fixed
-            # Of all parameters, the compiler makes those that are asked for.
-            fresh = jax.jit(
-                lambda key: split_lora(init_params(adapted, key))[0],
-                out_shardings=shardings_of(split_lora(params)[0]),
-            )(key)
-            return {**fresh, **learning}, fixed
 
-    config = plain if lora is None else dataclasses.replace(plain, lora=lora)
-    return Model(
-        name=name, config=config, tokenizer=tokenizer, params=params, frozen=frozen, load=load
+def _load_frozen(base: _Base, placed: Placed) -> Params:
+    """A base model without a classifier's head."""
+    return {name: leaf for name, leaf in _load_whole(base, placed).items() if name != HEAD}
+
+
+def _load_whole(base: _Base, placed: Placed) -> Params:
+    whole = dict(placed.frozen)
+    if base.config.num_labels:
+        whole[HEAD] = placed.params[HEAD]
+    return base.load(jnp.dtype(base.config.dtype), shardings_of(whole))
+
+
+def train_model(
+    model: Model,
+    *,
+    settings: Settings,
+    workdir: Path,
+    learner: Learner,
+    batches: Batches[Any],
+    advance: Callable[[Any, Any], Advanced],
+    updates: int = 1,
+) -> TrainState | None:
+    """Trains a model, and saves what becomes of it as `model` in the working directory.
+
+    Args:
+      model: The model.
+      settings: As in `Run`, like the rest.
+      workdir: Likewise.
+      learner: Likewise.
+      batches: Likewise.
+      advance: Likewise.
+      updates: Likewise.
+
+    Returns:
+      The state after the last step; None if the run was asked to stop before.
+
+    Raises:
+      UsageError: As `train`.
+    """
+    outcome = train(
+        Run(
+            settings=settings,
+            workdir=workdir,
+            learner=learner,
+            load_params=model.load_params,
+            load_frozen=model.load_frozen,
+            batches=batches,
+            advance=advance,
+            updates=updates,
+        )
     )
+    if not outcome.finished:
+        return None
+    save_model(model, outcome.state, workdir / "model")
+    return outcome.state
 
 
 def save_model(model: Model, state: TrainState, folder: Path) -> None:
@@ -243,7 +372,32 @@ def next_token_logprobs(
     return compute(), None
 
 
-def _from_scratch(shape: Mapping[str, Any], tokenizer: Tokenizer) -> DecoderConfig:
+def _open_tokenizer(own: str, opened: checkpoints.Checkpoint | None) -> Tokenizer:
+    """The tokenizer of `model.tokenizer`, or of the checkpoint where that is empty."""
+    if own == NANO:
+        return nano_tokenizer()
+    if own:
+        return tokenizer_from_folder(Path(own))
+    if opened is None:
+        raise UsageError("model.shape has no tokenizer; name a folder in model.tokenizer")
+    if opened.metadata is not None:
+        return tokenizer_from_gguf(opened.metadata)
+    return tokenizer_from_folder(opened.path, vocab_size=opened.config.vocab_size)
+
+
+def _compute_type(settings: Settings) -> DtypeName:
+    named = settings.choice("model.dtype", ("auto", "float32", "bfloat16"))
+    if named == "auto":
+        named = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dtype_name(named)
+
+
+def decoder_of_shape(shape: Mapping[str, Any], tokenizer: Tokenizer) -> DecoderConfig:
+    """The decoder that `model.shape` describes.
+
+    Raises:
+      UsageError: It describes none.
+    """
     values = dict(shape)
     try:
         family = str(values.pop("family"))

@@ -4,7 +4,7 @@ For stages that learn which of two responses is better.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -13,11 +13,23 @@ from ml_collections import ConfigDict
 
 from grm_jax.data import Comparison, best_index
 from grm_jax.data.pipeline import Mapped, RandomAccess, Source
+from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.training.classifiers import Group, GroupData, heldout_share
+from grm_jax.prompts import Tokenizer
+from grm_jax.training.classifiers import (
+    Group,
+    GroupData,
+    Objective,
+    heldout_config,
+    heldout_share,
+    make_group,
+    row_length,
+    train_classifier,
+)
 from grm_jax.training.comparisons import comparison_data, comparison_sources
-from grm_jax.training.config import Settings
+from grm_jax.training.config import Settings, base_config
 from grm_jax.training.heldout import evenly, is_held_out
+from grm_jax.training.model import open_model
 
 
 class Pair(NamedTuple):
@@ -65,12 +77,53 @@ class PairSplit(NamedTuple):
     left_out: Counter[str]
 
 
-def pair_data() -> ConfigDict:
-    """The keys of the group `data`, for stages on pairs."""
-    config = comparison_data()
+def pair_config(stage: str) -> ConfigDict:
+    """The keys that stages on pairs share, with their defaults.
+
+    Args:
+      stage: Its name.
+    """
+    config = base_config(stage)
+    config.data = comparison_data()
     # Tokens of the longest row that is learnt from; pairs with a longer one are left out.
-    config.length = 2048
+    config.data.length = 2048
+    config.heldout = heldout_config()
     return config
+
+
+def train_on_pairs(
+    settings: Settings,
+    workdir: Path,
+    write: Callable[[Tokenizer, Pair], Iterable[Sequence[int]]],
+    objective: Objective,
+    *,
+    refuse: Callable[[Comparison], str | None] = lambda comparison: None,
+) -> bool:
+    """Trains a classifier on the pairs of the comparisons of `data.comparisons`.
+
+    Args:
+      settings: Of `pair_config`.
+      workdir: Where everything goes; see `train_classifier`.
+      write: The two token sequences of a pair, of which the first is a positive; a UsageError if a
+        template refuses them.
+      objective: What is learnt.
+      refuse: As in `split_pairs`.
+
+    Returns:
+      Whether all steps are done.
+
+    Raises:
+      UsageError: A setting or the data is wrong.
+    """
+    mesh = make_mesh(settings.group("mesh"))
+    model = open_model(settings, mesh, num_labels=1)
+    length = row_length(settings, model.config)
+
+    def encode(pair: Pair) -> Group:
+        return make_group(lambda: write(model.tokenizer, pair), (1.0, 0.0), length=length)
+
+    data = pair_groups(settings, workdir, encode, refuse=refuse)
+    return train_classifier(settings, workdir, mesh, model, data, objective)
 
 
 def split_pairs(

@@ -7,34 +7,23 @@ model compares and does not rate: with more than two responses it has to be aske
 This is PairRM of arXiv:2504.02495, appendix C.2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grm_jax.distributed import make_mesh
 from grm_jax.prompts import Template, Tokenizer, encode_chat, load_template, render
-from grm_jax.training.classifiers import (
-    Group,
-    heldout_config,
-    labelled,
-    make_group,
-    row_length,
-    train_classifier,
-    turns,
-)
-from grm_jax.training.config import Settings, base_config
-from grm_jax.training.model import open_model
-from grm_jax.training.pairs import Pair, pair_data, pair_groups
+from grm_jax.training.classifiers import labelled
+from grm_jax.training.comparisons import turns
+from grm_jax.training.config import Settings
+from grm_jax.training.pairs import Pair, pair_config, train_on_pairs
 
 
 def default_config() -> ConfigDict:
     """Every key of the stage with its default; `data.comparisons` is for the user to fill in."""
-    config = base_config("pairwise")
-    config.data = pair_data()
+    config = pair_config("pairwise")
     # How the model is shown the conversation and the two responses.
     config.data.template = "meta"
-    config.heldout = heldout_config()
     return config
 
 
@@ -52,25 +41,15 @@ def run(settings: Settings, workdir: Path) -> bool:
     Raises:
       UsageError: A setting or the data is wrong.
     """
-    mesh = make_mesh(settings.group("mesh"))
-    model = open_model(settings, mesh, num_labels=1)
     template = load_template(str(settings["data.template"]))
-    length = row_length(settings, model.config)
 
-    def encode(pair: Pair) -> Group:
+    def write(tokenizer: Tokenizer, pair: Pair) -> Iterator[list[int]]:
         messages, responses = turns(pair.comparison), pair.comparison.responses
         best, other = responses[pair.best], responses[pair.other]
-        return make_group(
-            lambda: [
-                pair_tokens(model.tokenizer, template, messages, first, second)
-                for first, second in ((best, other), (other, best))
-            ],
-            (1.0, 0.0),
-            length=length,
-        )
+        yield pair_tokens(tokenizer, template, messages, best, other)
+        yield pair_tokens(tokenizer, template, messages, other, best)
 
-    data = pair_groups(settings, workdir, encode)
-    return train_classifier(settings, workdir, mesh, model, data, labelled(2))
+    return train_on_pairs(settings, workdir, write, labelled(2))
 
 
 def pair_tokens(

@@ -27,7 +27,6 @@ from typing import Any, final
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grm_jax.data import BadRecord, Comparison
@@ -36,21 +35,27 @@ from grm_jax.data.pipeline import Mapped, Source
 from grm_jax.data.trajectories import Trajectory
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.judge import GRM
-from grm_jax.models import dtype_name
 from grm_jax.prompts import Tokenizer, render
 from grm_jax.training import sft
 from grm_jax.training.checkpointing import write_atomically
-from grm_jax.training.comparisons import all_comparisons, comparison_data, comparison_sources
+from grm_jax.training.comparisons import (
+    all_comparisons,
+    comparison_data,
+    comparison_sources,
+    turns,
+)
 from grm_jax.training.config import Settings, changed_key
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.model import open_model
 from grm_jax.training.rejection import HINTED, Verdict, count_verdicts, reject, verdict_table
 from grm_jax.training.trajectories import (
+    JudgeSettings,
     Templates,
+    judge_settings,
     load_templates,
     load_trajectories,
     sample_trajectories,
+    sampler_config,
     write_lines,
     write_teacher_trajectories,
 )
@@ -84,32 +89,16 @@ def default_config() -> ConfigDict:
             "single": "single01",
         }
     )
-    config.sampler = ConfigDict(
-        {
-            # Who writes trajectories: the model that is trained, unless another is named here.
-            "model": "",
-            "adapter": "",
-            # Or files of trajectories; "nano-teacher" stands for the teacher of the small
-            # comparisons.
-            "files": (),
-            # Judgements of each comparison without a hint, and whether there are any.
-            "samples": 3,
-            "non_hinted": True,
-            # Whether one more is written with a hint at the best response: off, failed (where none
-            # without it is right) or all.
-            "hinted": "failed",
-            "temperature": 0.7,
-            "top_p": 1.0,
-            "max_new_tokens": 512,
-            # Hold the judge to the layout of a judgement.
-            "constrain": False,
-            "orders": "shuffle",
-            # Samples decoded at a time; 0 for what suits the device.
-            "batch_rows": 0,
-            # Of the devices of each process, which samples its own share of the comparisons.
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1},
-        }
-    )
+    # Who writes trajectories: the model that is trained, unless another is named.
+    config.sampler = sampler_config()
+    config.sampler.temperature = 0.7
+    # Or files of trajectories; "nano-teacher" stands for the teacher of the small comparisons.
+    config.sampler.files = ()
+    # Whether there are judgements without a hint, `samples` of each comparison.
+    config.sampler.non_hinted = True
+    # Whether one more is written with a hint at the best response: off, failed (where none without
+    # it is right) or all.
+    config.sampler.hinted = "failed"
     # Whether comparisons are rejected that all judgements without a hint got right.
     config.reject = ConfigDict({"too_easy": True})
     return config
@@ -120,21 +109,10 @@ def default_config() -> ConfigDict:
 class SamplerSettings:
     """Who writes which trajectories; see `default_config` for what each means."""
 
-    model: str
-    adapter: str
-    dtype: str
+    judge: JudgeSettings
     files: tuple[str, ...]
-    samples: int
     non_hinted: bool
     hinted: str
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    constrain: bool
-    orders: str
-    batch_rows: int
-    mesh: Mapping[str, int]
-    seed: int
 
 
 def run(settings: Settings, workdir: Path) -> bool:
@@ -235,59 +213,50 @@ def example(comparison: Comparison, trajectory: Trajectory, templates: Templates
     if template is None:
         raise UsageError(f"record {comparison.id!r} has no template")
     responses = [comparison.responses[index] for index in trajectory.order]
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
-    return {"prompt": render(template, turns, responses), "completion": trajectory.text}
+    prompt = render(template, turns(comparison), responses)
+    return {"prompt": prompt, "completion": trajectory.text}
 
 
 def _sampler_settings(settings: Settings) -> SamplerSettings:
+    judge = judge_settings(settings)
     sampler = SamplerSettings(
-        model=str(settings["sampler.model"]),
-        adapter=str(settings["sampler.adapter"]),
-        dtype=str(settings["model.dtype"]),
+        judge=judge,
         files=tuple(map(str, settings["sampler.files"])),
-        samples=settings.at_least("sampler.samples", 1),
         non_hinted=bool(settings["sampler.non_hinted"]),
         hinted=settings.choice("sampler.hinted", HINTED),
-        temperature=float(settings["sampler.temperature"]),
-        top_p=float(settings["sampler.top_p"]),
-        max_new_tokens=settings.at_least("sampler.max_new_tokens", 1),
-        constrain=bool(settings["sampler.constrain"]),
-        orders=str(settings["sampler.orders"]),
-        batch_rows=settings.at_least("sampler.batch_rows", 0),
-        mesh=settings.group("sampler.mesh"),
-        seed=settings.at_least("seed", 0),
     )
     if not sampler.non_hinted and sampler.hinted != "all":
         raise UsageError(
             f"sampler.non_hinted is off and sampler.hinted is {sampler.hinted!r}, so nothing would "
             "be sampled for all comparisons; set sampler.hinted to 'all'"
         )
-    if sampler.files and (sampler.model or sampler.adapter):
+    if sampler.files and (judge.model or judge.adapter):
         raise UsageError("trajectories are those of sampler.files; leave sampler.model empty")
-    if sampler.files or sampler.model:
+    if sampler.files or judge.model:
         return sampler
-    if sampler.adapter:
+    if judge.adapter:
         raise UsageError("sampler.adapter belongs to sampler.model; name both")
     if settings["model.random"] or settings.group_or_empty("model.shape"):
         raise UsageError(
             "a model with random parameters writes nothing to learn from; name sampler.files or "
             "sampler.model"
         )
-    return dataclasses.replace(
-        sampler, model=str(settings["model.name"]), adapter=str(settings["model.adapter"])
+    itself = dataclasses.replace(
+        judge, model=str(settings["model.name"]), adapter=str(settings["model.adapter"])
     )
+    return dataclasses.replace(sampler, judge=itself)
 
 
 def _write_trajectories(
     sampler: SamplerSettings, templates: Templates, usable: Sequence[Comparison], workdir: Path
 ) -> list[Path]:
     """Samples this process's share; returns the files of all processes."""
-    folder = workdir / SAMPLED
+    folder, judge = workdir / SAMPLED, sampler.judge
     if sampler.files:
         teacher = folder / f"{TEACHER}.jsonl"
         if TEACHER in sampler.files and jax.process_index() == 0:
             write_teacher_trajectories(
-                teacher, usable, samples=sampler.samples, seed=sampler.seed, orders=sampler.orders
+                teacher, usable, **{key: judge.how[key] for key in ("samples", "seed", "orders")}
             )
         return [teacher if file == TEACHER else Path(file) for file in sampler.files]
     first, step = jax.process_index(), jax.process_count()
@@ -298,22 +267,12 @@ def _write_trajectories(
 
     # One judge for both files. It is let go when this function returns, before training begins.
     sample = functools.partial(
-        sample_trajectories,
-        functools.cache(lambda: _load(sampler)),
-        name=sampler.model if not sampler.adapter else f"{sampler.model} with {sampler.adapter}",
-        templates=templates,
-        temperature=sampler.temperature,
-        top_p=sampler.top_p,
-        max_new_tokens=sampler.max_new_tokens,
-        constrain=sampler.constrain,
-        orders=sampler.orders,
-        batch_rows=sampler.batch_rows or None,
-        seed=sampler.seed,
+        sample_trajectories, functools.cache(judge.load), name=judge.name, templates=templates
     )
     written = []
     if sampler.non_hinted:
         written += paths("non-hinted")
-        sample(mine, paths("non-hinted")[first], samples=sampler.samples, hinted=False)
+        sample(mine, paths("non-hinted")[first], **judge.how)
     if sampler.hinted != "off":
         written += paths("hinted")
         if sampler.hinted == "failed":
@@ -321,23 +280,8 @@ def _write_trajectories(
             tries = load_trajectories([paths("non-hinted")[first]], known, templates)
             right = {item.id for item in tries if isinstance(item, Trajectory) and item.correct}
             mine = [comparison for comparison in mine if comparison.id not in right]
-        sample(mine, paths("hinted")[first], samples=1, hinted=True)
+        sample(mine, paths("hinted")[first], hinted=True, **{**judge.how, "samples": 1})
     return written
-
-
-def _sampling_mesh(shape: Mapping[str, int]) -> Mesh | None:
-    """The devices of this process alone, as each samples by itself."""
-    devices = jax.local_devices()
-    return make_mesh(shape, devices) if len(devices) > 1 else None
-
-
-def _load(sampler: SamplerSettings) -> GRM:
-    return GRM.from_pretrained(
-        sampler.model,
-        adapter=sampler.adapter or None,
-        mesh=_sampling_mesh(sampler.mesh),
-        dtype=None if sampler.dtype == "auto" else dtype_name(sampler.dtype),
-    )
 
 
 def _sorted(
@@ -387,7 +331,7 @@ def _training_sources(
 
 def _decisive(settings: Settings, sampler: SamplerSettings) -> dict[str, Any]:
     chosen = {key: v for key, v in settings.to_dict().items() if key.startswith(_DECISIVE)}
-    chosen |= {"sampler.model": sampler.model, "sampler.adapter": sampler.adapter}
+    chosen |= {"sampler.model": sampler.judge.model, "sampler.adapter": sampler.judge.adapter}
     # What depends on the machine alone.
     return {key: v for key, v in chosen.items() if not key.startswith("sampler.mesh.")}
 

@@ -23,9 +23,16 @@ from grm_jax.data.packing import pad_prompts
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, abstract_params, cpu_decoder
 from grm_jax.prompts import Template, Tokenizer, encode_chat, render
-from grm_jax.rewards import extract_scores, outcome_reward, pointwise_outcome_reward, restore_order
+from grm_jax.rewards import (
+    extract_scores,
+    extract_verdicts,
+    outcome_reward,
+    pointwise_outcome_reward,
+    restore_order,
+)
 from grm_jax.sampling import Controls, decode, prefill, response_orders
 from grm_jax.sampling.scheduling import LENGTHS, bucket
+from grm_jax.training.comparisons import turns
 from grm_jax.training.groups import overlong_penalty
 
 
@@ -42,6 +49,10 @@ class Task(NamedTuple):
     tokens: Sequence[int]
     order: tuple[int, ...]
     answer: int
+
+
+UNUSABLE = Task((0, 0), (0,), -1)
+"""Stands in for a comparison that cannot be used, and for one that is missing."""
 
 
 class Tasks(NamedTuple):
@@ -116,7 +127,6 @@ class TaskMaker:
 
     def __call__(self, comparison: Comparison) -> Task:
         """The task, or one whose answer is -1 if the comparison has no label or is too long."""
-        unusable = Task((0, 0), (0,), -1)
         count = len(comparison.responses)
         if count == 1:
             label = comparison.label
@@ -125,19 +135,22 @@ class TaskMaker:
         else:
             template, answer = self.template, best_index(comparison)
         if template is None or answer is None or count > self.max_responses:
-            return unusable
+            return UNUSABLE
         order = response_orders(
             "shuffle", record_id=comparison.id, num_responses=count, samples=1, seed=self.seed
         )[0]
-        messages = [
-            {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
-        ]
         shown = [comparison.responses[index] for index in order]
-        tokens = encode_chat(self.tokenizer, render(template, messages, shown))
-        return unusable if len(tokens) > self.max_tokens else Task(tokens, order, answer)
+        tokens = encode_chat(self.tokenizer, render(template, turns(comparison), shown))
+        return UNUSABLE if len(tokens) > self.max_tokens else Task(tokens, order, answer)
 
-    def pad(self, tasks: Sequence[Task]) -> Tasks:
-        """The tasks in arrays, prompts padded to the least of a few lengths that holds them."""
+    def pad(self, tasks: Sequence[Task], rows: int) -> Tasks:
+        """The tasks in arrays, prompts padded to the least of a few lengths that holds them.
+
+        Args:
+          tasks: At most B of them.
+          rows: B; what is missing cannot be used.
+        """
+        tasks = [*tasks, *(UNUSABLE for _ in range(rows - len(tasks)))]
         sizes = (*(size for size in LENGTHS if size < self.max_tokens), self.max_tokens)
         prompts = pad_prompts(
             [task.tokens for task in tasks], bucket=lambda size: bucket(size, sizes)
@@ -308,11 +321,9 @@ def judge_rollouts(
     read = functools.partial(extract_scores, tokens, lengths, table)
     single, single_valid = read(1, max_responses=1, low=0, high=1)
     if settings.verdict:
-        named, valid = read(1, max_responses=1, low=1, high=most)
-        valid = valid & (named[..., 0] <= counts)
+        named, valid = extract_verdicts(tokens, lengths, table, counts, max_responses=most)
         # The place that is named has the only point.
-        points = (named == jnp.arange(1, most + 1)) & valid[..., None]
-        scores = points.astype(jnp.float32)
+        scores = jax.nn.one_hot(named, most)
     else:
         scores, valid = read(counts, max_responses=most, low=settings.low, high=settings.high)
     scores = restore_order(scores, jnp.broadcast_to(order[:, None], scores.shape))

@@ -24,10 +24,10 @@ from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params
 from grm_jax.training.config import Settings, base_config
 from grm_jax.training.examples import ExampleFile, example_tokens
-from grm_jax.training.learner import Loss, check_rows, make_learner
-from grm_jax.training.loop import Advanced, Run, train
+from grm_jax.training.learner import Learner, Loss, check_rows, make_learner
+from grm_jax.training.loop import Advanced
 from grm_jax.training.losses import Metrics, loss_denominator, sft_loss
-from grm_jax.training.model import Model, next_token_logprobs, open_model, save_model
+from grm_jax.training.model import Model, next_token_logprobs, open_model, train_model
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.state import TrainState
 
@@ -132,33 +132,40 @@ def train_on_sequences(
         epochs=settings.at_least("data.epochs", 0) or None,
         threads=settings.at_least("data.threads", 0),
     )
-    learner = make_learner(
+    learner = make_sft_learner(settings, mesh, model)
+
+    def advance(state: TrainState, batch: PackedRows) -> Advanced:
+        after, metrics = learner(state, batch)
+        return Advanced(state=after, metrics=metrics, learnt=batch)
+
+    state = train_model(
+        model,
+        settings=settings,
+        workdir=workdir,
+        learner=learner,
+        batches=batches,
+        advance=advance,
+    )
+    return state is not None
+
+
+def make_sft_learner(settings: Settings, mesh: Mesh, model: Model) -> Learner:
+    """The learner of `PackedRows`.
+
+    Args:
+      settings: The run's.
+      mesh: Where everything lives.
+      model: From `open_model` on that mesh.
+    """
+    return make_learner(
         make_loss(model.config, mesh, chunk=settings.at_least("vocab_chunk", 1)),
         lambda batch: loss_denominator(learnt_targets(batch), aggregate="token"),
         make_optimizer(settings),
         params=model.params,
         frozen=model.frozen,
         mesh=mesh,
-        accumulate=accumulate,
+        accumulate=settings.at_least("batch.accumulate", 1),
     )
-
-    def advance(state: TrainState, batch: PackedRows) -> Advanced:
-        after, metrics = learner(state, batch)
-        return Advanced(state=after, metrics=metrics, learnt=batch)
-
-    outcome = train(
-        Run(
-            settings=settings,
-            workdir=workdir,
-            learner=learner,
-            load=model.load,
-            batches=batches,
-            advance=advance,
-        )
-    )
-    if outcome.finished:
-        save_model(model, outcome.state, workdir / "model")
-    return outcome.finished
 
 
 def make_loss(config: DecoderConfig, mesh: Mesh, *, chunk: int = 4096) -> Loss:

@@ -10,8 +10,11 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
@@ -23,14 +26,98 @@ from grm_jax.data.trajectories import (
     make_trajectory,
     read_trajectories,
 )
+from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
 from grm_jax.judge import GRM
+from grm_jax.models import dtype_name
 from grm_jax.prompts import Template, load_template, parse_scores
 from grm_jax.prompts.nano import Teacher
 from grm_jax.sampling import response_orders
+from grm_jax.training.config import Settings
 
 SINGLE_TEMPLATE = "single01"
 """Asks whether a single response is correct, with a score of 0 or 1."""
+
+
+def sampler_config() -> ConfigDict:
+    """The keys of the group `sampler`, but for those of one stage."""
+    return ConfigDict(
+        {
+            # Whose judgements they are, and its adapters; empty for none.
+            "model": "",
+            "adapter": "",
+            # Judgements of each comparison, and how they are sampled.
+            "samples": 3,
+            "temperature": 0.5,
+            "top_p": 1.0,
+            "max_new_tokens": 512,
+            # Hold the judge to the layout of a judgement.
+            "constrain": False,
+            "orders": "shuffle",
+            # Samples decoded at a time; 0 for what suits the device.
+            "batch_rows": 0,
+            # Of the devices of each process, which samples its own share of the comparisons.
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1},
+        }
+    )
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """What `sampler.*` says; see `sampler_config`.
+
+    Attributes:
+      model: The judge's name.
+      adapter: Its adapters'; empty for none.
+      dtype: What it computes in, by name, or auto.
+      mesh: Of the devices of each process.
+      how: The arguments of `sample_trajectories` that are about sampling.
+    """
+
+    model: str
+    adapter: str
+    dtype: str
+    mesh: Mapping[str, int]
+    how: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What the judge is called."""
+        return f"{self.model} with {self.adapter}" if self.adapter else self.model
+
+    def load(self) -> GRM:
+        """Loads the judge onto the devices of this process alone, as each samples by itself."""
+        return GRM.from_pretrained(
+            self.model,
+            adapter=self.adapter or None,
+            mesh=_sampling_mesh(self.mesh),
+            dtype=None if self.dtype == "auto" else dtype_name(self.dtype),
+        )
+
+
+def judge_settings(settings: Settings) -> JudgeSettings:
+    """Reads the keys of `sampler_config`.
+
+    Raises:
+      UsageError: One of them is wrong.
+    """
+    return JudgeSettings(
+        model=str(settings["sampler.model"]),
+        adapter=str(settings["sampler.adapter"]),
+        dtype=str(settings["model.dtype"]),
+        mesh=settings.group("sampler.mesh"),
+        how={
+            "samples": settings.at_least("sampler.samples", 1),
+            "temperature": float(settings["sampler.temperature"]),
+            "top_p": float(settings["sampler.top_p"]),
+            "max_new_tokens": settings.at_least("sampler.max_new_tokens", 1),
+            "constrain": bool(settings["sampler.constrain"]),
+            "orders": str(settings["sampler.orders"]),
+            "batch_rows": settings.at_least("sampler.batch_rows", 0) or None,
+            "seed": settings.at_least("seed", 0),
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +309,11 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _sampling_mesh(shape: Mapping[str, int]) -> Mesh | None:
+    devices = jax.local_devices()
+    return make_mesh(shape, devices) if len(devices) > 1 else None
 
 
 def _judged(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -291,19 +293,50 @@ def get_config():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", OF_STAGES)
-def test_stages_learn_the_same_on_any_devices(stage: str, tmp_path: Path) -> None:
-    """On one, on eight, and on eight of two processes."""
-    trajectories = tmp_path / "trajectories.jsonl"
+def write_stage(folder: Path, stage: str) -> Path:
+    """Its configuration and its data."""
+    trajectories = folder / "trajectories.jsonl"
     comparisons = list(islice(nano_comparisons("train", seed=0), 60))
     write_teacher_trajectories(trajectories, comparisons, samples=2, seed=0)
-    config = tmp_path / "tiny.py"
+    config = folder / "tiny.py"
     config.write_text(
         CONFIG.format(
             stage=stage, trajectories=str(trajectories), particular=OF_STAGES[stage].rstrip()
         )
     )
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OF_STAGES)
+def test_stages_killed_ten_times_end_like_one_that_ran(stage: str, tmp_path: Path) -> None:
+    config = write_stage(tmp_path, stage)
+    changes = ("--config.checkpoint.every=2", "--config.steps=30")
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert finish(start(one, config, *changes)).status == 0
+    rng = random.Random(stage)
+    for _ in range(10):
+        metrics = other / "metrics.jsonl"
+        done = metrics.read_text().count("\n") if metrics.exists() else 0
+        process = start(other, config, *changes)
+        wait_for_line(other, process, min(done + rng.randint(0, 3), 29))
+        # Steps take milliseconds here and every other one writes a checkpoint.
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    outcome = finish(start(other, config, *changes))
+    assert outcome.status == 0, outcome.err
+    assert len(lines(one)) == 30
+    assert lines(other) == lines(one)
+    found, wanted = (checkpoints.load(str(folder / "model"))[1] for folder in (other, one))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OF_STAGES)
+def test_stages_learn_the_same_on_any_devices(stage: str, tmp_path: Path) -> None:
+    """On one, on eight, and on eight of two processes."""
+    config = write_stage(tmp_path, stage)
     one, eight, two = (tmp_path / name for name in ("one", "eight", "two"))
     mesh = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     flag = "--xla_force_host_platform_device_count="

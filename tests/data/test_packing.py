@@ -11,7 +11,6 @@ from grm_jax.data.packing import (
     PackedRows,
     TokenSequence,
     TooLong,
-    group_by_bucket,
     packed_batches,
     pad_prompts,
 )
@@ -233,18 +232,6 @@ def test_sequences_are_made_when_read() -> None:
 # --- padding ---
 
 
-@given(lengths=st.lists(st.integers(0, 8), max_size=20))
-def test_groups_hold_every_prompt_once(lengths: list[int]) -> None:
-    groups = group_by_bucket(lengths, bucket)
-    assert list(groups) == sorted(groups)
-    assert sorted(index for group in groups.values() for index in group) == list(
-        range(len(lengths))
-    )
-    for size, group in groups.items():
-        assert group == sorted(group)
-        assert {bucket(lengths[index]) for index in group} == {size}
-
-
 def test_padding() -> None:
     padded = pad_prompts([[1, 2, 0], [3, 4, 5, 6, 0]], bucket=bucket)
     assert padded.tokens.tolist() == [[1, 2, 0, 0, 0, 0], [3, 4, 5, 6, 0, 0]]
@@ -261,8 +248,6 @@ def test_a_prompt_beyond_the_buckets_is_an_error() -> None:
     message = "a prompt of 9 tokens fits no padded length: 9 is beyond 8; shorten it"
     with pytest.raises(UsageError, match=message):
         pad_prompts([[1] * 9], bucket=bucket)
-    with pytest.raises(UsageError, match=message):
-        group_by_bucket([3, 9], bucket)
 
 
 def test_a_bucket_that_does_not_hold_its_prompt() -> None:

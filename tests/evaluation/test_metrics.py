@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from grm_jax.errors import UsageError
 from grm_jax.evaluation.metrics import (
@@ -69,39 +67,6 @@ def test_rates_of_ties_and_unreadable_samples() -> None:
     assert tie_rate(TOTALS, COUNTS) == pytest.approx(4 / 6)
     assert np.isnan(tie_rate([[3]], [1]))
     assert unreadable_rate([[True, False], [True, True]]) == 0.25
-
-
-# --- AUC ---
-
-
-def test_auc_by_hand() -> None:
-    # Pairs of a positive (3, 5) with a negative (1, 3): won, tied, won, won.
-    assert auc([3, 5, 1, 3], [True, True, False, False]) == pytest.approx(3.5 / 4)
-    assert auc([1, 1], [True, False]) == 0.5
-    assert np.isnan(auc([1, 2], [True, True]))
-
-
-def test_an_item_without_a_score_ties_with_all() -> None:
-    # Two pairs are known and won; the other two have the item without a score.
-    assert auc([5, np.nan, 1, 2], [True, True, False, False]) == pytest.approx(3 / 4)
-    assert auc([np.nan, np.nan], [True, False]) == 0.5
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 4) | st.just(float("nan")), st.booleans()), min_size=2, max_size=12
-    )
-)
-def test_auc_is_the_share_of_pairs(items: list[tuple[float, bool]]) -> None:
-    pairs = [
-        0.5 if np.isnan(a) or np.isnan(b) or a == b else float(a > b)
-        for a, first in items
-        if first
-        for b, second in items
-        if not second
-    ]
-    found = auc([score for score, _ in items], [positive for _, positive in items])
-    assert found == pytest.approx(np.mean(pairs)) if pairs else np.isnan(found)
 
 
 # --- intervals ---

@@ -9,7 +9,7 @@ import pytest
 from grm_jax.errors import UsageError
 from grm_jax.evaluation import stage
 from grm_jax.training.config import Settings
-from tests.training.folder import write_model
+from tests.training.folder import write_comparisons, write_model
 
 
 @pytest.fixture(scope="module")
@@ -17,17 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows nothing, and comparisons."""
     folder = tmp_path_factory.mktemp("eval")
     write_model(folder / "model")
-    records = [
-        {
-            "id": str(number),
-            "messages": [{"role": "user", "content": "?"}],
-            "responses": ["a", "b", "c"][: 2 + number % 2],
-            "label": {"kind": "best", "index": number % 2},
-        }
-        for number in range(4)
-    ]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "comparisons.jsonl").write_text(lines)
+    write_comparisons(folder / "comparisons.jsonl", 4)
     (folder / "short.jinja").write_text("{{ conversation }}{{ responses | join('|') }}")
     return folder
 
@@ -78,6 +68,7 @@ def test_what_it_leaves(folder: Path, tmp_path: Path) -> None:
         ({"ks": (1, 4)}, "none above samples, 2"),
         ({"data.comparisons": ()}, "data.comparisons is empty"),
         ({"adapters": {"other": "x"}}, "adapters names other, no model"),
+        ({"constrained": ("other",)}, "constrained names other, no model"),
     ],
 )
 def test_settings_that_do_not_fit(

@@ -62,7 +62,17 @@ def test_prompts_and_judgements_are_short(tokenizer):
 def test_judgement_by_hand():
     right = (2, 3, 4, 5, 6, 1)
     record = comparison(right, (2, 3, 5, 5, 6, 2), (0, 0, 0, 0, 0, 0))
-    assert EXACT.judge(record, random.Random(0)) == (
+    criteria, *analysis, scores = EXACT.judge(record, random.Random(0)).split("\n")
+    assert sorted(criteria.removeprefix("Specific Criteria: ").split(" ")) == list(PLACES)
+    # Places come in any order, the same in both sections.
+    assert [line[0] for line in analysis[1:]] == criteria.split(" ")[2:]
+    in_order = [
+        f"Specific Criteria: {' '.join(PLACES)}",
+        analysis[0],
+        *sorted(analysis[1:]),
+        scores,
+    ]
+    assert "\n".join(in_order) == (
         "Specific Criteria: a b c d e f\n"
         "Analysis:\n"
         "a should be a2: 1a2 ok 2a2 ok 3a0 no\n"
@@ -126,7 +136,9 @@ def test_places_are_checked_as_often_as_stated():
     ]
     assert {len(places) for places in checked} == {1, 3}
     assert sum(len(places) == 1 for places in checked) / 2000 == pytest.approx(0.5, abs=0.05)
-    assert all(places == sorted(set(places)) for places in checked)
+    assert all(len(places) == len(set(places)) for places in checked)
+    # In any order: one that began with the first place would say how many are to come.
+    assert sum(places[0] == "f" for places in checked) / 2000 == pytest.approx(1 / 6, abs=0.03)
     seen = [place for places in checked for place in places]
     shares = {place: seen.count(place) / len(seen) for place in PLACES}
     assert shares == pytest.approx(dict.fromkeys(PLACES, 1 / 6), abs=0.02)

@@ -54,7 +54,7 @@ def test_a_size_beyond_all_buckets_is_refused() -> None:
 
 def test_the_lengths_rise_and_waste_at_most_half() -> None:
     assert list(LENGTHS) == sorted(set(LENGTHS))
-    assert LENGTHS[0] == 128
+    assert LENGTHS[0] == 32
     for smaller, larger in itertools.pairwise(LENGTHS):
         assert larger <= 1.5 * smaller
         assert bucket(smaller) == smaller

@@ -1,5 +1,6 @@
 """A tiny model in a folder, with a tokenizer of bytes, and a file of examples."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from grm_jax.checkpoints import save_folder
-from grm_jax.models import family_config
 from tests.training import tiny
 
-CONFIG = family_config(
-    "llama",
-    vocab_size=260,
-    num_layers=2,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=64,
-    max_context=256,
-    tie_embeddings=True,
-)
+CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=260, max_context=256)
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -61,6 +51,21 @@ def write_examples(path: Path, count: int = 40) -> Path:
                 {"role": "user", "content": prompt},
             ]
         records.append({"prompt": prompt, "completion": " ".join(map(str, range(number % 7 + 1)))})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_comparisons(path: Path, count: int) -> Path:
+    """Writes comparisons of two and three responses in turn, whose best one is none's to guess."""
+    records = [
+        {
+            "id": str(number),
+            "messages": [{"role": "user", "content": str(number)}],
+            "responses": ["a", "b", "c"][: 2 + number % 2],
+            "label": {"kind": "best", "index": number % 2},
+        }
+        for number in range(count)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grm_jax.training.config import Settings
+from tests.training.changes import changed
 from tests.training.folder import write_model
 
 TEMPLATE = "{{ conversation }}{% for response in responses %}|{{ response }}{% endfor %}"
@@ -56,8 +57,8 @@ def write_folder(folder: Path) -> Path:
 
 def config(default: Callable[[], ConfigDict], folder: Path, **changes: Any) -> ConfigDict:
     """A short run, and changes by key with `__` for dots."""
-    made = default()
-    made.update_from_flattened_dict(
+    return changed(
+        default(),
         {
             "model.name": str(folder / "base"),
             "data.comparisons": (str(folder / "c.jsonl"),),
@@ -69,10 +70,9 @@ def config(default: Callable[[], ConfigDict], folder: Path, **changes: Any) -> C
             "heldout.every": STEPS // 2,
             "optimizer.learning_rate": 1e-2,
             "optimizer.schedule": "constant",
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
+        },
+        changes,
     )
-    return made
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def opened(folder: Path, **changes: Any) -> Checkpoints:
 
 
 def course(one: Learner, steps: int) -> Iterator[TrainState]:
-    state = one.begin(*toy.load(one), seed=0)
+    state = one.begin(toy.load(one), {}, seed=0)
     for step in range(steps):
         state, _ = one(state, toy.points(list(range(8 * step, 8 * step + 8))))
         yield state

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from grm_jax import GRM, checkpoints
@@ -20,7 +19,7 @@ from grm_jax.errors import UsageError
 from grm_jax.models import split_lora
 from grm_jax.prompts import load_template
 from grm_jax.sampling import MetaModel
-from grm_jax.training import bt, cloud, meta, pairwise
+from grm_jax.training import bt, cloud, meta, pairs, pairwise
 from grm_jax.training.classifiers import (
     Group,
     HeldOut,
@@ -41,22 +40,7 @@ from tests.training import scalar, tiny
 CONFIG = dataclasses.replace(tiny.CONFIG, num_labels=1, max_context=512)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles in haste, and no program twice."""
-    changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 # --- groups ---
@@ -89,7 +73,7 @@ def test_rows_are_as_long_as_the_bucket_of_the_longest() -> None:
     assert found.labels.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
     np.testing.assert_array_equal(found.tokens[1, 1, :140], groups[2].sequences[1])
     assert not found.tokens[1, 1, 140:].any()
-    assert pad_groups([], rows=2, sequences=1).tokens.shape == (2, 1, 128)
+    assert pad_groups([], rows=2, sequences=1).tokens.shape == (2, 1, 32)
 
 
 def test_rows_that_the_model_cannot_read() -> None:
@@ -164,7 +148,7 @@ def course(one: Learner, longest: list[int]) -> list[float]:
 
 
 def test_eight_devices_learn_what_one_does_and_buckets_are_programs() -> None:
-    lengths = [100, 90, 110, 160]
+    lengths = [100, 110, 110, 160]
     one = learner(make_mesh({}, jax.devices()[:1]), preferred())
     losses = course(one, lengths)
     # Of 128 and of 192 tokens.
@@ -238,7 +222,8 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def call(stage: ModuleType, *, name: str = "w", **changes: Any) -> Path:
         one = make_mesh({}, jax.devices()[:1])
-        monkeypatch.setattr(stage, "make_mesh", lambda shape: one if shape else None)
+        for module in (pairs, meta):
+            monkeypatch.setattr(module, "make_mesh", lambda shape: one if shape else None)
         if "template" in stage.default_config().data:
             changes.setdefault("data__template", str(folder / "short.jinja"))
         stage.run(scalar.settings(stage.default_config, folder, **changes), tmp_path / name)
@@ -323,44 +308,36 @@ def held(name: str) -> bool:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[list[str]]]:
-    """Keeps a stage from training, and returns the texts of the groups that it would measure on."""
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Keeps a stage from training, and holds the texts of the groups that it would measure on."""
+    texts: list[list[str]] = []
 
-    def watch(stage: ModuleType) -> list[list[str]]:
-        texts: list[list[str]] = []
+    def read(*arguments: Any) -> bool:
+        _, _, _, model, data, objective = arguments
+        assert objective.sequences == 2
+        for group in data.heldout:
+            assert group.labels == (1.0, 0.0)
+            texts.append([model.tokenizer.decode(ids.tolist()) for ids in group.sequences])
+        return False
 
-        def read(*arguments: Any) -> bool:
-            _, _, _, model, data, objective = arguments
-            assert objective.sequences == 2
-            for group in data.heldout:
-                assert group.labels == (1.0, 0.0)
-                texts.append([model.tokenizer.decode(ids.tolist()) for ids in group.sequences])
-            return False
-
-        monkeypatch.setattr(stage, "train_classifier", read)
-        return texts
-
-    return watch
+    monkeypatch.setattr(pairs, "train_classifier", read)
+    return texts
 
 
-def test_pairs_are_shown_in_both_orders(
-    run: Run, shown: Callable[[ModuleType], list[list[str]]]
-) -> None:
-    texts = shown(pairwise)
+def test_pairs_are_shown_in_both_orders(run: Run, shown: list[list[str]]) -> None:
     run(pairwise)
-    assert len(texts) == 14
-    for best_first, best_last in texts:
+    assert len(shown) == 14
+    for best_first, best_last in shown:
         assert "|!!!!!!|??????" in best_first
         assert best_first.replace("|!!!!!!|??????", "|??????|!!!!!!") == best_last
 
 
 def test_responses_are_shown_with_their_critiques(
-    run: Run, folder: Path, shown: Callable[[ModuleType], list[list[str]]]
+    run: Run, folder: Path, shown: list[list[str]]
 ) -> None:
-    texts = shown(cloud)
     run(cloud, data__critiques=(str(folder / "critiques.jsonl"),))
-    assert texts
-    for best, other in texts:
+    assert shown
+    for best, other in shown:
         for text, response in ((best, "!!!!!!"), (other, "??????")):
             asked, answered = text.split("assistant")
             assert f"|{response}" in asked

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grm_jax.training.heldout import auc, evenly, is_held_out
 
@@ -36,11 +38,37 @@ def test_some_of_many(limit: int, wanted: list[int]) -> None:
 def test_auc_by_hand() -> None:
     # Of four pairs two are right, one is a tie and one is wrong.
     assert auc([0.9, 0.4, 0.4, 0.5], [True, True, False, False]) == 2.5 / 4
+    # Pairs of a positive (3, 5) with a negative (1, 3): won, tied, won, won.
+    assert auc([3, 5, 1, 3], [True, True, False, False]) == pytest.approx(3.5 / 4)
     assert auc([3, 2, 1], [1, 1, 0]) == 1
     assert auc([1, 2, 3], [1, 1, 0]) == 0
     assert auc([7, 7, 7], [0, 1, 0]) == 0.5
+    assert auc([1, 1], [True, False]) == 0.5
     assert math.isnan(auc([1, 2], [1, 1]))
     assert math.isnan(auc([], []))
+
+
+def test_an_item_without_a_score_ties_with_all() -> None:
+    # Two pairs are known and won; the other two have the item without a score.
+    assert auc([5, np.nan, 1, 2], [True, True, False, False]) == pytest.approx(3 / 4)
+    assert auc([np.nan, np.nan], [True, False]) == 0.5
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4) | st.just(float("nan")), st.booleans()), min_size=2, max_size=12
+    )
+)
+def test_auc_is_the_share_of_pairs(items: list[tuple[float, bool]]) -> None:
+    pairs = [
+        0.5 if np.isnan(a) or np.isnan(b) or a == b else float(a > b)
+        for a, first in items
+        if first
+        for b, second in items
+        if not second
+    ]
+    found = auc([score for score, _ in items], [positive for _, positive in items])
+    assert found == pytest.approx(np.mean(pairs)) if pairs else np.isnan(found)
 
 
 def test_auc_of_many_ties() -> None:

@@ -13,6 +13,7 @@ from grm_jax.training.classifiers import Group
 from grm_jax.training.config import Settings
 from grm_jax.training.heldout import is_held_out
 from grm_jax.training.pairs import Pair, pair_groups, split_pairs
+from tests.training.changes import changed
 
 
 def comparison(name: str, count: int, label: object) -> Comparison:
@@ -74,8 +75,7 @@ def test_no_comparison_is_on_both_sides() -> None:
 def settings(**changes: object) -> Settings:
     config = bt.default_config()
     config.data.comparisons = ("nano:train:40",)
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return Settings(config)
+    return Settings(changed(config, {}, changes))
 
 
 def encode(pair: Pair) -> Group:

@@ -19,13 +19,16 @@ from grm_jax import GRM, checkpoints
 from grm_jax import judge as judge_module
 from grm_jax.errors import UsageError
 from grm_jax.prompts import parse_scores, tokenizer_from_folder
-from grm_jax.training import rft
+from grm_jax.training import rft, trajectories
 from grm_jax.training.config import Settings
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.trajectories import load_templates, load_trajectories
+from tests.training.changes import changed
 from tests.training.folder import write_examples, write_model, write_templates
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,8 @@ def best_of(prompt: str) -> str:
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    config = rft.default_config()
-    config.update_from_flattened_dict(
+    config = changed(
+        rft.default_config(),
         {
             "model.name": str(folder / "base"),
             "data.comparisons": (str(folder / "comparisons.jsonl"),),
@@ -70,8 +73,8 @@ def settings(folder: Path, **changes: Any) -> Settings:
             "sampler.batch_rows": 16,
             "steps": 2,
             "optimizer.learning_rate": 3e-3,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
+        },
+        changes,
     )
     found = Settings(config)
     # As the command does, to know whom to call.
@@ -114,7 +117,7 @@ def finished(folder: Path) -> tuple[Path, list[Shown], str]:
     learn = rft.sft.train_on_sequences
     said = folder / "said"
     with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
-        patch.setattr(rft, "_sampling_mesh", lambda shape: None)
+        patch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
         patch.setattr(judge_module, "render", seen_render)
         patch.setattr(judge_module, "encode_chat", seen_encode)
         patch.setattr(GRM, "from_pretrained", seen_judge)
@@ -180,8 +183,9 @@ def test_what_is_finished_is_not_done_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("this was done before")
 
-    for name in ("sample_trajectories", "load_trajectories", "write_lines", "_load"):
+    for name in ("sample_trajectories", "load_trajectories", "write_lines"):
         monkeypatch.setattr(rft, name, refuse)
+    monkeypatch.setattr(GRM, "from_pretrained", refuse)
     rft.make_examples(settings(folder), finished[0])
     with pytest.raises(UsageError, match=r"was made with reject\.too_easy True and this run has F"):
         rft.make_examples(settings(folder, reject__too_easy=False), finished[0])
@@ -196,7 +200,7 @@ def test_processes_share_the_work(
     templates = load_templates(changed["prompt.template"], changed["prompt.single"])
     found = rft.all_comparisons(rft.comparison_sources(changed, tmp_path))
     usable = [item for item in found if templates.of(item) is not None]
-    monkeypatch.setattr(rft, "_sampling_mesh", lambda shape: None)
+    monkeypatch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
@@ -323,6 +327,8 @@ def test_a_killed_program_goes_on(folder: Path, finished: Finished, tmp_path: Pa
         variables = {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+            # As here, since other programs draw other samples.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables})
 

@@ -11,7 +11,6 @@ import pytest
 from grm_jax import grammar
 from grm_jax.data import BestLabel, Comparison, PointwiseLabel
 from grm_jax.distributed import make_mesh
-from grm_jax.models import family_config
 from grm_jax.prompts import load_template
 from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training.model import next_token_logprobs
@@ -24,6 +23,8 @@ from grm_jax.training.rollouts import (
     make_sampler,
 )
 from tests.training import tiny
+
+pytestmark = pytest.mark.usefixtures("hasty")
 
 TOKENIZER = nano_tokenizer()
 SETTINGS = RolloutSettings(group=2, temperature=0.7, max_new_tokens=10, low=1, high=10)
@@ -68,8 +69,9 @@ def test_tasks_of_comparisons() -> None:
     ids=["no label", "too many responses", "too long", "single without label"],
 )
 def test_comparisons_that_cannot_be_used_take_no_others_with_them(made: Comparison) -> None:
-    tasks = MAKER.pad([MAKER(made), MAKER(comparison())])
-    assert tasks.answers.tolist() == [-1, 1]
+    tasks = MAKER.pad([MAKER(made), MAKER(comparison())], 3)
+    # The third is missing.
+    assert tasks.answers.tolist() == [-1, 1, -1]
     assert tasks.lengths[0] == 2
     no_singles = dataclasses.replace(MAKER, single=None)
     assert no_singles(comparison(1, PointwiseLabel(True))).answer == -1
@@ -77,7 +79,7 @@ def test_comparisons_that_cannot_be_used_take_no_others_with_them(made: Comparis
 
 def judged(cases: list[tuple[Task, list[str]]], **changes: bool) -> dict[str, np.ndarray]:
     """The verdicts on texts; every task has as many."""
-    tasks = MAKER.pad([task for task, _ in cases])
+    tasks = MAKER.pad([task for task, _ in cases], len(cases))
     texts = [[TOKENIZER.encode(text) for text in group] for _, group in cases]
     lengths = np.asarray([[len(ids) for ids in group] for group in texts], np.int32)
     tokens = np.zeros((*lengths.shape, lengths.max()), np.int32)
@@ -130,24 +132,14 @@ def test_verdicts_name_a_place() -> None:
     np.testing.assert_array_equal(found["scores"][0, 0], [1, 0, 0])
 
 
-CONFIG = family_config(
-    "llama",
-    vocab_size=TOKENIZER.vocab_size,
-    num_layers=2,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=64,
-    max_context=256,
-    tie_embeddings=True,
-)
+CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=TOKENIZER.vocab_size, max_context=256)
 
 
 @pytest.fixture(scope="module")
 def rolled() -> tuple[Rolled, list[list[int]]]:
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11, 12]]
     tasks = dataclasses.replace(MAKER, max_tokens=8).pad(
-        [Task(prompts[0], (0, 1), 1), Task(prompts[1], (1, 0), 0), Task((0, 0), (0,), -1)]
+        [Task(prompts[0], (0, 1), 1), Task(prompts[1], (1, 0), 0)], 3
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     sampler = jax.jit(make_sampler(CONFIG, TOKENIZER, mesh, SETTINGS))

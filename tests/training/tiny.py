@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from grm_jax.data.packing import PackedRows
 from grm_jax.distributed import tree_shardings
@@ -24,6 +23,7 @@ from grm_jax.training.config import Settings
 from grm_jax.training.learner import Learner, make_learner
 from grm_jax.training.losses import loss_denominator
 from grm_jax.training.optimizer import make_optimizer
+from tests.training.changes import changed
 
 CONFIG = family_config(
     "llama",
@@ -41,15 +41,8 @@ LORA = dataclasses.replace(CONFIG, lora=Lora(rank=2, alpha=4.0, targets=("q", "v
 
 def settings(**changes: Any) -> Settings:
     """The defaults of fine-tuning with a learning rate that shows, and changes by dotted key."""
-    config: ConfigDict = sft.default_config()
-    config.update_from_flattened_dict(
-        {
-            "optimizer.learning_rate": 1e-2,
-            "optimizer.schedule": "constant",
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
-    )
-    return Settings(config)
+    values = {"optimizer.learning_rate": 1e-2, "optimizer.schedule": "constant"}
+    return Settings(changed(sft.default_config(), values, changes))
 
 
 def random_params(config: DecoderConfig = CONFIG, seed: int = 0) -> Params:

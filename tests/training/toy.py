@@ -33,6 +33,7 @@ from grm_jax.training.learner import Learner, make_learner
 from grm_jax.training.loop import Advanced, Outcome, Run, train
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.state import TrainState
+from tests.training.changes import changed
 
 SIZE = 64
 RECORDS = 36
@@ -42,17 +43,17 @@ def config(**changes: Any) -> ConfigDict:
     """Twenty steps with a checkpoint every six."""
     made = base_config("toy")
     made.data = ConfigDict({"epochs": 0, "bad": ()})
-    made.update_from_flattened_dict(
+    return changed(
+        made,
         {
             "steps": 20,
             "batch.rows": 4,
             "checkpoint.every": 6,
             "optimizer.learning_rate": 0.2,
             "optimizer.weight_decay": 0.01,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
+        },
+        changes,
     )
-    return made
 
 
 def loss(
@@ -81,15 +82,13 @@ def make(settings: Settings, mesh: Mesh) -> Learner:
     )
 
 
-def load(learner: Learner) -> tuple[Any, Any]:
+def load(learner: Learner) -> Any:
     """The first parameters."""
     values = {
         "slope": np.linspace(-1, 1, SIZE, dtype=np.float32),
         "shift": {"bias": np.zeros(SIZE, np.float32)},
     }
-    return jax.tree.map(
-        lambda v, t: jax.device_put(v, t.sharding), values, learner.target.params
-    ), {}
+    return jax.tree.map(lambda v, t: jax.device_put(v, t.sharding), values, learner.target.params)
 
 
 def points(records: list[int], bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
@@ -133,7 +132,8 @@ def run(
             settings=settings,
             workdir=workdir,
             learner=learner,
-            load=lambda: load(learner),
+            load_params=lambda: load(learner),
+            load_frozen=dict,
             batches=data,
             advance=advance,
         )

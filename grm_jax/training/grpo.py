@@ -1,0 +1,363 @@
+"""The step of rule-based reinforcement learning: rollouts in, an update by GRPO out.
+
+GRPO (eq 15, arXiv:2504.02495) compares the rollouts of one prompt with each other: their rewards,
+standardised in the group, are the advantages of all their tokens. One update a rollout needs no
+pass of its own for the old policy, and the reference policy is either what learns as it was at
+first or, under adapters, the base model.
+
+Letters for shapes: `B` prompts, `G` rollouts of each, `R = B * G` rows in `A` micro-batches, `S`
+tokens of a row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from grm_jax.models import DecoderConfig, Params, join_lora
+from grm_jax.rewards import group_advantages
+from grm_jax.training.config import Settings
+from grm_jax.training.groups import informative
+from grm_jax.training.learner import Learner, Loss, make_learner
+from grm_jax.training.loop import Advanced
+from grm_jax.training.losses import (
+    Aggregate,
+    Metrics,
+    Ratio,
+    grpo_loss,
+    loss_denominator,
+    truncated_importance,
+)
+from grm_jax.training.model import Model, next_token_logprobs
+from grm_jax.training.optimizer import make_optimizer
+from grm_jax.training.rollouts import Rolled, RolloutSettings, Task, Tasks, make_sampler
+from grm_jax.training.state import TrainState
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What `loss.*` says; see `rl.default_config`."""
+
+    clip: float
+    clip_high: float | None
+    beta: float
+    aggregate: Aggregate
+    ratio: Ratio
+    deviation: bool
+    deviation_floor: float
+    drop_uniform: bool
+    importance_cap: float
+    max_length: int
+    temperature: float
+
+
+class Experience(NamedTuple):
+    """Rollouts as the learner takes them, R rows in A micro-batches; see `rollouts.Rolled`.
+
+    Attributes:
+      tokens: `i32[A, R / A, S]`.
+      lengths: `i32[A, R / A]`, prompt and completion.
+      mask: `bool[A, R / A, S]`, at t whether token t + 1 is learnt from.
+      sampler_logprobs: `f32[A, R / A, S]`.
+      advantages: `f32[A, R / A]`.
+      old_logprobs: `f32[A, R / A, S]` under the policy that sampled; None with one update.
+      ref_logprobs: `f32[A, R / A, S]` under the reference policy; None without one.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    mask: jax.Array
+    sampler_logprobs: jax.Array
+    advantages: jax.Array
+    old_logprobs: jax.Array | None
+    ref_logprobs: jax.Array | None
+
+
+def make_loss(config: DecoderConfig, mesh: Mesh, settings: LossSettings, *, chunk: int) -> Loss:
+    """GRPO's loss of an `Experience`, for `make_learner`."""
+
+    def loss(
+        params: Params, batch: Experience, denominator: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        logprobs, entropy = next_token_logprobs(
+            params,
+            config,
+            batch.tokens,
+            lengths=batch.lengths,
+            mesh=mesh,
+            temperature=settings.temperature,
+            chunk=chunk,
+            with_entropy=True,
+        )
+        weights, gaps = truncated_importance(
+            logprobs=logprobs if batch.old_logprobs is None else batch.old_logprobs,
+            sampler_logprobs=batch.sampler_logprobs,
+            mask=batch.mask,
+            cap=settings.importance_cap or 1.0,
+        )
+        if not settings.importance_cap:
+            gaps = {name: gaps[name] for name in ("sampler_gap_mean", "sampler_gap_max")}
+        value, metrics = grpo_loss(
+            logprobs=logprobs,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            clip=settings.clip,
+            clip_high=settings.clip_high,
+            beta=settings.beta,
+            aggregate=settings.aggregate,
+            ratio=settings.ratio,
+            max_length=settings.max_length,
+            importance_weights=weights if settings.importance_cap else None,
+            denominator=denominator,
+        )
+        if entropy is not None:
+            total = jnp.sum(entropy, where=batch.mask)
+            metrics["entropy"] = total / jnp.maximum(jnp.sum(batch.mask), 1)
+        return value, metrics | gaps
+
+    return loss
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """What a step runs on the devices; all are jitted.
+
+    Attributes:
+      learner: Takes the state and an `Experience`.
+      updates: How often it does, of each batch of rollouts.
+      roll: From the state, tasks and the number of the round to rollouts.
+      learn_from: From the state, rollouts and the reference to what the learner takes, and metrics.
+        The reference is what learns as it was when the run began; empty for the base model without
+        adapters; None without a reference.
+      choose: See `choose`.
+    """
+
+    learner: Learner
+    updates: int
+    roll: Callable[[TrainState, Tasks, ArrayLike], Rolled]
+    learn_from: Callable[[TrainState, Rolled, Params | None], tuple[Experience, Metrics]]
+    choose: Callable[[Rolled, Rolled | None], tuple[Rolled, jax.Array]]
+
+
+def make_programs(
+    settings: Settings,
+    mesh: Mesh,
+    model: Model,
+    rollout: RolloutSettings,
+    losses: LossSettings,
+) -> Programs:
+    """Makes the programs of a step; compiles nothing yet.
+
+    Args:
+      settings: The run's.
+      mesh: Where everything lives.
+      model: The policy, on that mesh.
+      rollout: How rollouts are sampled and rewarded.
+      losses: What is made of them.
+    """
+    config, accumulate = model.config, settings.at_least("batch.accumulate", 1)
+    updates = settings.at_least("rollout.updates", 1)
+    chunk = settings.at_least("vocab_chunk", 1)
+    learner = make_learner(
+        make_loss(config, mesh, losses, chunk=chunk),
+        lambda batch: loss_denominator(_rows(batch.mask), aggregate=losses.aggregate),
+        make_optimizer(settings, updates=updates),
+        params=model.params,
+        frozen=model.frozen,
+        mesh=mesh,
+        accumulate=accumulate,
+    )
+    sampler = make_sampler(config, model.tokenizer, mesh, rollout)
+    plain = dataclasses.replace(config, lora=None)
+
+    def roll(state: TrainState, tasks: Tasks, part: jax.Array) -> Rolled:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        return sampler(state.model, tasks, jax.random.fold_in(key, part))
+
+    def score(params: Params, base: bool, batch: Experience) -> jax.Array:
+        def of_part(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            tokens, lengths = part
+            return next_token_logprobs(
+                params,
+                plain if base else config,
+                tokens,
+                lengths=lengths,
+                mesh=mesh,
+                temperature=losses.temperature,
+                chunk=chunk,
+            )[0]
+
+        return lax.map(of_part, (batch.tokens, batch.lengths))
+
+    def learn_from(
+        state: TrainState, rolled: Rolled, held: Params | None
+    ) -> tuple[Experience, Metrics]:
+        batch, metrics = to_experience(rolled, losses, accumulate=accumulate)
+        if updates > 1:
+            batch = batch._replace(old_logprobs=score(state.model, False, batch))
+        if held is not None:
+            known = join_lora(held, state.frozen) if held else state.frozen
+            batch = batch._replace(ref_logprobs=score(known, not held, batch))
+        return batch, metrics
+
+    return Programs(
+        learner=learner,
+        updates=updates,
+        roll=jax.jit(roll),
+        learn_from=jax.jit(learn_from),
+        choose=jax.jit(choose),
+    )
+
+
+def make_advance(
+    programs: Programs,
+    pad: Callable[[Sequence[Task], int], Tasks],
+    *,
+    size: int,
+    rounds: int,
+    reference: Params | None,
+) -> Callable[[TrainState, Sequence[Task]], Advanced]:
+    """A step: rollouts, their rewards, and what is learnt from them.
+
+    Args:
+      programs: What it runs.
+      pad: Puts tasks in arrays of as many rows as are asked for, so that one program does where the
+        last batch is short.
+      size: B, prompts of a round.
+      rounds: In how many parts a batch of tasks is rolled out, if the first leaves groups that
+        teach nothing; those of later parts take their place.
+      reference: See `Programs.learn_from`.
+    """
+    learner = programs.learner
+
+    def advance(state: TrainState, tasks: Sequence[Task]) -> Advanced:
+        kept: Rolled | None = None
+        parts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+        with learner.here():
+            for tried, part in enumerate(parts, 1):
+                rolled = programs.roll(state, learner.put(pad(part, size)), tried - 1)
+                if rounds == 1:
+                    break
+                kept, useful = programs.choose(rolled, kept)
+                rolled = kept
+                if int(useful) == size:
+                    break
+            batch, measured = programs.learn_from(state, rolled, reference)
+            for _ in range(programs.updates):
+                state, metrics = learner.step(state, batch)
+        if rounds > 1:
+            metrics = metrics | {"rounds": jnp.float32(tried)}
+        return Advanced(state=state, metrics=metrics | measured, learnt=batch)
+
+    return advance
+
+
+def choose(rolled: Rolled, before: Rolled | None) -> tuple[Rolled, jax.Array]:
+    """The B most useful groups of those at hand: with differing rewards first, earlier ones first.
+
+    Args:
+      rolled: The latest.
+      before: Those kept so far, which may be of another P; None at first.
+
+    Returns:
+      What is kept, and how many of them have rewards that differ, `i32[]`.
+    """
+    size = len(rolled.usable)
+    if before is not None:
+        longest = max(rolled.tokens.shape[-1], before.tokens.shape[-1])
+
+        def join(one: jax.Array, other: jax.Array) -> jax.Array:
+            return jnp.concatenate([_to_length(one, longest), _to_length(other, longest)])
+
+        wide = ("tokens", "sampler_logprobs")
+        rolled = Rolled(
+            **{
+                name: join(one, other) if name in wide else jnp.concatenate([one, other])
+                for name, one, other in zip(Rolled._fields, before, rolled, strict=True)
+            }
+        )
+    useful = informative(rolled.rewards)[:, 0] & rolled.usable
+    chosen = jnp.argsort(~useful, stable=True)[:size]
+    return jax.tree.map(lambda leaf: leaf[chosen], rolled), jnp.sum(useful[chosen])
+
+
+def to_experience(
+    rolled: Rolled, settings: LossSettings, *, accumulate: int
+) -> tuple[Experience, Metrics]:
+    """Advantages of rollouts, laid out for the learner, and what is to be known of them.
+
+    Args:
+      rolled: B groups of G.
+      settings: Of the loss.
+      accumulate: A.
+
+    Returns:
+      The experience, without log-probabilities of other policies, and metrics, each `f32[]`. Those
+      of correctness follow the rule alone. `accuracy_best_at_i` is the share of right judgements
+      where the best response was shown at place i, from 1; NaN if it nowhere was.
+    """
+    groups, each, size = rolled.tokens.shape
+    rows = groups * each
+    usable = jnp.broadcast_to(rolled.usable[:, None], (groups, each))
+    differ = informative(rolled.rewards)
+    advantages = group_advantages(
+        rolled.rewards, floor=settings.deviation_floor, deviation=settings.deviation
+    )
+    learnt = usable & differ if settings.drop_uniform else usable
+    starts = rolled.prompt_lengths[:, None, None]
+    place = jnp.arange(size) + 1
+    mask = (place >= starts) & (place < starts + rolled.lengths[..., None]) & learnt[..., None]
+
+    def split(array: jax.Array) -> jax.Array:
+        return array.reshape(accumulate, rows // accumulate, *array.shape[2:])
+
+    batch = Experience(
+        tokens=split(rolled.tokens),
+        lengths=split(rolled.prompt_lengths[:, None] + rolled.lengths),
+        mask=split(mask),
+        sampler_logprobs=split(rolled.sampler_logprobs),
+        advantages=split(advantages),
+        old_logprobs=None,
+        ref_logprobs=None,
+    )
+    right = rolled.outcomes > 0
+    best = jnp.max(rolled.scores, axis=-1, keepdims=True)
+    several = rolled.shown[:, None] >= 0
+    tied = rolled.valid & several & (jnp.sum(rolled.scores == best, axis=-1) > 1)
+
+    def share(what: jax.Array, among: jax.Array = usable) -> jax.Array:
+        return jnp.sum(what, where=among, dtype=jnp.float32) / jnp.sum(among)
+
+    metrics = {
+        "reward": share(rolled.rewards),
+        "accuracy": share(right),
+        "unreadable": share(~rolled.valid),
+        "tied": share(tied),
+        "uniform_groups": share(~differ),
+        "unusable_prompts": jnp.mean(~rolled.usable, dtype=jnp.float32),
+        "response_length": share(rolled.lengths),
+        "truncated": share(~rolled.stopped),
+    }
+    for at in range(rolled.scores.shape[-1]):
+        among = usable & (rolled.shown[:, None] == at)
+        metrics[f"accuracy_best_at_{at + 1}"] = share(right, among)
+    return batch, metrics
+
+
+def _rows(mask: jax.Array) -> jax.Array:
+    """Micro-batches as one batch."""
+    return mask.reshape(-1, mask.shape[-1])
+
+
+def _to_length(array: jax.Array, size: int) -> jax.Array:
+    extra = size - array.shape[-1]
+    return jnp.pad(array, [*((0, 0) for _ in array.shape[:-1]), (0, extra)])
