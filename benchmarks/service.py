@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ async def end_under_load(server: Server, records: list[dict[str, Any]]) -> tuple
     async with httpx.AsyncClient(base_url=server.address, timeout=600) as http:
         asked = [asyncio.ensure_future(http.post("/judge", json=record)) for record in records]
         accepted = 0
-        while accepted < len(records) // 2:
+        while accepted < len(records) // 2 and not all(one.done() for one in asked):
             accepted = (await http.get("/healthz")).json()["waiting"]
             await asyncio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
@@ -243,7 +244,7 @@ def run(args: argparse.Namespace, server: Server) -> tuple[str, list[str]]:
     return text, wrong
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Starts the server, runs, and reports."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("serve", nargs="*", help="further flags of `grm-jax serve`, after --")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         args.clients, args.seconds, args.pool = 16, 5.0, 4
     server = Server(args)

@@ -13,6 +13,7 @@ What a request can meet:
 | status | when |
 | --- | --- |
 | 200 | it was answered; a record that is well formed and cannot be judged has `error` |
+| 400 | it is no HTTP |
 | 401 | the bearer token is missing or wrong |
 | 408, 413 | the body is too slow or too long |
 | 422 | it is no JSON, or not of the route's form |
