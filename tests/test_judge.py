@@ -27,9 +27,12 @@ PROMPT_WORDS = ("#### Conversation Context ####", "[The Begin of Response", "<|i
 def grm(smollm2_gguf: Path) -> GRM:
     whole = GRM.from_pretrained(str(smollm2_gguf))
     layers = jax.tree.map(lambda leaf: leaf[:LAYERS], whole.params["layers"])
+    config = dataclasses.replace(
+        whole.config, num_layers=LAYERS, windows=whole.config.windows[:LAYERS]
+    )
     return dataclasses.replace(
         whole,
-        config=dataclasses.replace(whole.config, num_layers=LAYERS),
+        config=config,
         params={**whole.params, "layers": layers},
     )
 

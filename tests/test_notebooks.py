@@ -1,4 +1,7 @@
-"""Notebooks run from top to bottom in a kernel of their own, and draw what they promise."""
+"""Notebooks run from top to bottom in a kernel of their own, and draw what they promise.
+
+Here they run at the small sizes that `GRM_JAX_QUICK` asks for; people see the full ones.
+"""
 
 from pathlib import Path
 
@@ -22,7 +25,10 @@ def test_notebooks_are_stored_without_outputs_and_say_how_long_they_take(name: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebooks_run(name: str) -> None:
+def test_notebooks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRM_JAX_QUICK", "1")
+    # A kernel of one device, as people have it.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = nbformat.read(FOLDER / name, as_version=4)
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}

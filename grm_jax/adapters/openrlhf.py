@@ -17,9 +17,13 @@ from typing import Any
 from grm_jax.adapters.gathering import Gatherer
 from grm_jax.adapters.scoring import Rating, Scorer, require_floor
 from grm_jax.adapters.tasks import Task, read_chat_text, read_completion, split_answer
+from grm_jax.data import Message
 from grm_jax.errors import UsageError
 
 Rewards = dict[str, Any]
+
+# Characters of a control token, such as `<|begin_of_text|>`.
+_LONGEST_TOKEN = 32
 
 
 def reward_func(
@@ -62,8 +66,8 @@ def read_queries(
 
     Args:
       queries: The texts, with the policy's control tokens.
-      prompts: The prompt that each begins with. Where one does not, or there are none, the last
-        assistant turn is the answer.
+      prompts: The prompt that each begins with, but for a token that begins all text. Where one
+        does not, as where it was cut, or there are none, the last assistant turn is the answer.
       labels: What the judge sees as right answers, where they are text.
 
     Raises:
@@ -74,16 +78,22 @@ def read_queries(
             raise UsageError(f"there are {len(values)} {name} for {len(queries)} queries")
     tasks, answers = [], []
     for index, query in enumerate(queries):
-        prompt = prompts[index] if prompts else None
-        if prompt is not None and query.startswith(prompt):
-            messages, answer = read_chat_text(prompt), read_completion(query[len(prompt) :])
-        else:
-            messages, answer = split_answer(query)
+        messages, answer = _split(query, prompts[index] if prompts else None)
         label = labels[index] if labels else None
         reference = label if isinstance(label, str) and label else None
         tasks.append(Task(messages=messages, reference=reference))
         answers.append(answer)
     return tasks, answers
+
+
+def _split(query: str, prompt: str | None) -> tuple[tuple[Message, ...], str]:
+    if prompt is None:
+        return split_answer(query)
+    place = query.find(prompt)
+    if 0 <= place <= _LONGEST_TOKEN:
+        return read_chat_text(prompt), read_completion(query[place + len(prompt) :])
+    # The trainer has the whole prompt even where the policy saw its end alone.
+    return read_chat_text(prompt), split_answer(query)[1]
 
 
 def rewards_record(ratings: Sequence[Rating], scorer: Scorer) -> Rewards:

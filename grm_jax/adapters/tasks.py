@@ -169,10 +169,10 @@ def split_answer(text: str) -> tuple[tuple[Message, ...], str]:
       The prompt's messages and the answer. Where there is no markup to tell them apart by, the
       whole is the answer and the prompt asks for a good text.
     """
-    turns = _turns(text)
-    if len(turns) > 1 and turns[-1]["role"] == "assistant":
-        return tuple(turns[:-1]), turns[-1]["content"]
     asked = Message(role="user", content="Write a good text.")
+    turns = _turns(text)
+    if turns and turns[-1]["role"] == "assistant":
+        return tuple(turns[:-1]) or (asked,), turns[-1]["content"]
     return (asked,), read_completion(text)
 
 

@@ -198,7 +198,7 @@ def concluded(
     ranking, tied = jax.device_get((rank(totals, count, key), tied_for_best(totals, count)))
     return replace(
         judgement,
-        scores=tuple(totals.tolist()),
+        scores=tuple(float(total) for total in np.atleast_1d(totals)),
         ranking=tuple(ranking.tolist()),
         best=int(ranking[0]),
         tied=tuple(np.flatnonzero(tied).tolist()),

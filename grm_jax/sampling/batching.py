@@ -327,7 +327,7 @@ class JudgeSampler:
             config,
             prefix,
             np.asarray([job.tokens[-1] for job in padded], np.int32),
-            jax.random.wrap_key_data(keys),
+            jax.random.wrap_key_data(jnp.asarray(keys)),
             Controls(
                 temperature=jnp.float32(settings.temperature),
                 top_p=jnp.float32(settings.top_p),

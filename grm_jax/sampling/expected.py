@@ -195,7 +195,7 @@ class ScoreReader:
 
     def _rows(
         self,
-        before: int,
+        last: int,
         part: Sequence[tuple[int, Sequence[int], list[ScorePlace]]],
         count: int,
         size: int,
@@ -204,23 +204,26 @@ class ScoreReader:
         spelled = [[self._spellings(place.lead) for place in places] for _, _, places in part]
         longest = max(len(ids) for one in spelled for place in one for ids in place)
         lead = (self._together, width)
-        tokens = np.zeros((self._together, 1, size), np.int32)
-        length = np.ones((self._together, 1), np.int32)
-        # Rows and places that only fill the arrays up stand behind one token.
-        seen, last = np.ones(lead, np.int32), np.zeros(lead, bool)
-        spelling = np.zeros((*lead, values, longest), np.int32)
-        sizes = np.ones((*lead, values), np.int32)
+        rows = _Rows(
+            tokens=np.zeros((self._together, 1, size), np.int32),
+            length=np.ones((self._together, 1), np.int32),
+            # Rows and places that only fill the arrays up stand behind one token.
+            seen=np.ones(lead, np.int32),
+            last=np.zeros(lead, bool),
+            spelled=np.zeros((*lead, values, longest), np.int32),
+            sizes=np.ones((*lead, values), np.int32),
+        )
         for row, (_, text, places) in enumerate(part):
             read = places[-1].token
-            tokens[row, 0, : read + 1] = [before, *text[:read]]
-            length[row] = read + 1
-            seen[row, :count] = [place.token + 1 for place in places]
-            last[row, count - 1] = True
+            rows.tokens[row, 0, : read + 1] = [last, *text[:read]]
+            rows.length[row] = read + 1
+            rows.seen[row, :count] = [place.token + 1 for place in places]
+            rows.last[row, count - 1] = True
             for column, spellings in enumerate(spelled[row]):
                 for value, ids in enumerate(spellings):
-                    spelling[row, column, value, : len(ids)] = ids
-                    sizes[row, column, value] = len(ids)
-        return _Rows(*map(jnp.asarray, (tokens, length, seen, last, spelling, sizes)))
+                    rows.spelled[row, column, value, : len(ids)] = ids
+                    rows.sizes[row, column, value] = len(ids)
+        return rows
 
 
 class _Rows(NamedTuple):
@@ -235,12 +238,12 @@ class _Rows(NamedTuple):
       sizes: `i32[C, N, M]`, how many those are.
     """
 
-    tokens: jax.Array
-    length: jax.Array
-    seen: jax.Array
-    last: jax.Array
-    spelled: jax.Array
-    sizes: jax.Array
+    tokens: np.ndarray
+    length: np.ndarray
+    seen: np.ndarray
+    last: np.ndarray
+    spelled: np.ndarray
+    sizes: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -249,9 +252,9 @@ def _chances(
 ) -> jax.Array:
     """How likely each integer is at each place, `f32[C, N, M]`, behind a prompt of one row."""
 
-    def of_text(row: _Rows) -> jax.Array:
+    def of_text(tokens: jax.Array, length: jax.Array, *places: jax.Array) -> jax.Array:
         hidden, text = forward(
-            params, config, row.tokens, length=row.length, start=prefix.length, past=(prefix,)
+            params, config, tokens, length=length, start=prefix.length, past=(prefix,)
         )
 
         def of_place(
@@ -264,9 +267,9 @@ def _chances(
                 _spelling_logprobs(params, config, (prefix, before), start, ending, spelled, sizes)
             )
 
-        return _each(config, of_place, row.seen, row.last, row.spelled, row.sizes)
+        return _each(config, of_place, *places)
 
-    return _each(config, of_text, rows)
+    return _each(config, of_text, *map(jnp.asarray, rows))
 
 
 def _each(config: DecoderConfig, function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:

@@ -13,6 +13,7 @@ What a request can meet:
 | status | when |
 | --- | --- |
 | 200 | it was answered; a record that is well formed and cannot be judged has `error` |
+| 400 | it is no HTTP |
 | 401 | the bearer token is missing or wrong |
 | 408, 413 | the body is too slow or too long |
 | 422 | it is no JSON, or not of the route's form |
@@ -36,6 +37,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import JSONResponse
 
 from grm_jax.adapters import Scorer, Task
 from grm_jax.adapters.openrlhf import read_queries, rewards_record
@@ -277,7 +279,7 @@ def create_app(service: Service) -> FastAPI:
         """Rates whole texts as OpenRLHF asks for it; unreadable judgements count as the floor."""
         tasks, answers = read_queries(body.query, body.prompts)
         ratings = await service.rate_gathered(request, tasks, answers)
-        return _json(rewards_record(ratings, service.scorer))
+        return JSONResponse(rewards_record(ratings, service.scorer))
 
     @app.post("/classify", response_model=schemas.ClassifyOut, responses=_ASKED)
     async def classify(body: schemas.ClassifyBody, request: Request) -> Response:
@@ -294,14 +296,20 @@ def create_app(service: Service) -> FastAPI:
         ]
         prompt = sum(judgement.prompt_tokens for judgement in judgements)
         written = sum(judgement.completion_tokens for judgement in judgements)
-        return _json(
+        return JSONResponse(
             {
                 "id": _name("classify", body),
                 "object": "list",
                 "created": int(time.time()),
                 "model": options.model,
                 "data": data,
-                "usage": _usage(prompt, written),
+                # In vLLM's order, which is not OpenAI's.
+                "usage": {
+                    "prompt_tokens": prompt,
+                    "total_tokens": prompt + written,
+                    "completion_tokens": written,
+                    "prompt_tokens_details": None,
+                },
             }
         )
 
@@ -328,14 +336,18 @@ def create_app(service: Service) -> FastAPI:
             }
             for index, completion in enumerate(answers[0].completions)
         ]
-        return _json(
+        return JSONResponse(
             {
                 "id": _name("chatcmpl", body),
                 "object": "chat.completion",
                 "created": int(time.time()),
                 "model": options.model,
                 "choices": choices,
-                "usage": _usage(answers[0].prompt_tokens, written),
+                "usage": {
+                    "prompt_tokens": answers[0].prompt_tokens,
+                    "completion_tokens": written,
+                    "total_tokens": answers[0].prompt_tokens + written,
+                },
             }
         )
 
@@ -419,14 +431,6 @@ def _add_handlers(app: FastAPI) -> None:
 
 def _json(record: dict[str, Any], status: int = 200) -> Response:
     return Response(to_line(record), status_code=status, media_type="application/json")
-
-
-def _usage(prompt: int, written: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-    }
 
 
 def _message(turn: schemas.ChatTurn) -> Message:

@@ -144,6 +144,12 @@ class TokensOut(BaseModel):
     total_tokens: int
 
 
+class ClassifyTokensOut(TokensOut):
+    """Tokens, as vLLM counts them."""
+
+    prompt_tokens_details: None
+
+
 class ClassifyOut(BaseModel):
     """vLLM's answer."""
 
@@ -152,7 +158,7 @@ class ClassifyOut(BaseModel):
     created: int
     model: str
     data: list[ClassifyItem]
-    usage: TokensOut
+    usage: ClassifyTokensOut
 
 
 class ChatBody(_Strict):

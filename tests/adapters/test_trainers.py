@@ -229,3 +229,23 @@ def test_openrlhf_queries_without_their_prompt() -> None:
     assert tasks[0].messages == ({"role": "user", "content": "a?"},)
     with pytest.raises(UsageError, match="1 prompts for 2 queries"):
         openrlhf.read_queries(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt", "asked", "answer"),
+    [
+        ("q? 3", "q? ", "q? ", "3"),
+        ("<|begin_of_text|>q? 3", "q? ", "q? ", "3"),
+        ("<s>" + chat("a?") + "3<|im_end|>", chat("a?"), "a?", "3"),
+        # The policy saw the end of its prompt alone.
+        (chat("a?")[-30:] + "3<|im_end|>", chat("a?"), "a?", "3"),
+        (chat("b?")[14:] + "3", chat("long " * 9 + "b?"), "long " * 9 + "b?", "3"),
+        ("", "", "", ""),
+    ],
+)
+def test_openrlhf_queries_are_parted_at_their_prompt(
+    query: str, prompt: str, asked: str, answer: str
+) -> None:
+    (task,), (found,) = openrlhf.read_queries([query], [prompt])
+    assert task.messages == ({"role": "user", "content": asked},)
+    assert found == answer
