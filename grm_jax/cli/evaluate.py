@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grm_jax.cli.judge import add_sampling_flags, sampling_settings, with_progress
+from grm_jax.cli.judge import (
+    adaptive_error,
+    add_adaptive_flags,
+    add_sampling_flags,
+    sampling_settings,
+    with_progress,
+)
 from grm_jax.data import Comparison, LineWriter
 from grm_jax.errors import UsageError
 from grm_jax.evaluation import TIE_POLICIES
@@ -17,8 +23,10 @@ from grm_jax.evaluation.browsing import browsable, left_out
 from grm_jax.evaluation.cost import ModelCost, model_cost
 from grm_jax.evaluation.evaluate import Evaluation, compare, evaluate
 from grm_jax.evaluation.judged import judged_from_records, read_judgements
+from grm_jax.evaluation.judging import KINDS, SINGLE, check_judge, open_judge
 from grm_jax.evaluation.report import write_report
-from grm_jax.judge import GRM
+from grm_jax.evaluation.table import read_results, write_table
+from grm_jax.rewards import STATED_ERROR
 
 NO_ADAPTER = "-"
 
@@ -34,14 +42,29 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         conflict_handler="resolve",
     )
     add = parser.add_argument
+    add("--benchmark", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    add("--data", type=Path, metavar="PATH", help="its official files, or records")
     add(
-        "--benchmark", required=True, choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS)
+        "--table",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="judge nothing, but make one table of what earlier runs have written into folders",
     )
-    add("--data", required=True, type=Path, metavar="PATH", help="its official files, or records")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the report")
     add("--limit", type=int, metavar="N", help="judge only N comparisons, from all parts")
     add("--ties", choices=TIE_POLICIES, help="how ties count (default as the benchmark's authors)")
     add_sampling_flags(parser)
+    add_adaptive_flags(parser)
+    add(
+        "--judge",
+        nargs="+",
+        choices=KINDS,
+        default=["grm"],
+        metavar="KIND",
+        help=f"{', '.join(KINDS)}: one for each model, or one for all (default grm)",
+    )
+    add("--critic", metavar="NAME", help="the model that writes critiques for a cloud judge")
     add(
         "--model",
         nargs="+",
@@ -72,27 +95,58 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """A judge as the flags name it."""
+
+    kind: str
+    model: str
+    adapter: str | None
+    critic: str | None
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        name = self.model if self.adapter is None else f"{self.model} + {Path(self.adapter).name}"
+        return name if self.kind == "grm" else f"{name} ({self.kind})"
+
+    def samples(self, asked: Sequence[int]) -> list[int]:
+        """The numbers of samples to report."""
+        return [1] if self.kind in SINGLE else list(asked)
+
+
 def run(args: argparse.Namespace) -> bool:
     """Judges and reports; returns whether every record could be judged."""
+    if args.table is not None:
+        print(write_table(args.output, read_results(args.table)), end="")
+        return True
+    if args.benchmark is None or args.data is None:
+        raise UsageError("give --benchmark and --data, or --table")
     benchmark = find_benchmark(args.benchmark)
     if args.k_meta and args.meta_model is None:
         raise UsageError("--k-meta says how many samples a meta model chooses; give --meta-model")
-    judges = _judges(args.model, args.adapter)
+    judges = _judges(args)
+    for judge in judges:
+        check_judge(
+            judge.kind, adapter=judge.adapter, critic=judge.critic, settings=_settings(args, judge)
+        )
     comparisons = load_benchmark(args.benchmark, args.data, limit=args.limit)
     evaluations, shown = [], []
-    for number, (model, adapter) in enumerate(judges, 1):
+    for number, judge in enumerate(judges, 1):
         name = "judgements.jsonl" if len(judges) == 1 else f"judgements-{number}.jsonl"
         file = args.output / name
-        cost = _judge(args, model, adapter, comparisons, file)
-        judged = judged_from_records(comparisons, read_judgements(file), max(args.samples))
+        cost = _judge(args, judge, comparisons, file)
+        ks = judge.samples(args.samples)
+        judged = judged_from_records(comparisons, read_judgements(file), max(ks))
         evaluation = evaluate(
             benchmark,
             judged,
-            name=_name(model, adapter),
-            ks=args.samples,
+            name=judge.name,
+            ks=ks,
             model=cost,
             k_metas=args.k_meta,
             ties=args.ties,
+            stated_error=args.adaptive_error if args.adaptive_error is not None else STATED_ERROR,
             seed=args.seed,
         )
         evaluations.append(evaluation)
@@ -101,18 +155,20 @@ def run(args: argparse.Namespace) -> bool:
     return not any(evaluation.results["errors"] for evaluation in evaluations)
 
 
+def _settings(args: argparse.Namespace, judge: _Judge) -> dict[str, Any]:
+    return sampling_settings(args) | {
+        "samples": max(judge.samples(args.samples)),
+        "k_meta": None,
+        "adaptive": adaptive_error(args),
+    }
+
+
 def _judge(
-    args: argparse.Namespace,
-    model: str,
-    adapter: str | None,
-    comparisons: Sequence[Comparison],
-    file: Path,
+    args: argparse.Namespace, judge: _Judge, comparisons: Sequence[Comparison], file: Path
 ) -> ModelCost:
     """Judges what is not yet in the file; returns what the model's tokens cost."""
-    settings = sampling_settings(args) | {"samples": max(args.samples), "k_meta": None}
-    named = {
-        "model": model,
-        "adapter": adapter,
+    settings = _settings(args, judge)
+    named = dataclasses.asdict(judge) | {
         "benchmark": args.benchmark,
         "records": _fingerprint(comparisons),
     }
@@ -123,12 +179,16 @@ def _judge(
         rest = comparisons[len(writer.done) :]
         if not rest and about.exists():
             return ModelCost(**json.loads(about.read_text()))
-        grm = GRM.from_pretrained(model, adapter=adapter)
-        cost = model_cost(grm.config)
+        config, judging = open_judge(
+            judge.kind,
+            judge.model,
+            adapter=judge.adapter,
+            critic=judge.critic,
+            settings=settings,
+        )
+        cost = model_cost(config)
         about.write_text(json.dumps(dataclasses.asdict(cost)) + "\n")
-        meta = None if args.meta_model is None else GRM.meta_model(args.meta_model)
-        judgements = grm.judge_batch(rest, **(settings | {"meta_model": meta}))
-        for judgement in with_progress(judgements, len(comparisons), len(writer.done)):
+        for judgement in with_progress(judging(rest), len(comparisons), len(writer.done)):
             writer.write(judgement.to_record())
     return cost
 
@@ -139,17 +199,20 @@ def _report(
     evaluations: Sequence[Evaluation],
     shown: Sequence[dict[str, Any]],
 ) -> None:
-    first, last = min(args.samples), max(args.samples)
     pairs = []
     for one in evaluations:
+        first, last = min(one.ks), max(one.ks)
         if first < last:
             pairs.append(((one, "vote", first), (one, "vote", last)))
-        pairs += [((one, "vote", last), (one, way.name, last)) for way in one.methods[1:]]
-    pairs += [
-        ((evaluations[0], "vote", k), (other, "vote", k))
-        for other in evaluations[1:]
-        for k in args.samples
-    ]
+        pairs += [((one, "vote", k), (one, "expected", k)) for k in one.ks if _has(one, "expected")]
+        rest = [way for way in one.methods[1:] if way.name != "expected"]
+        pairs += [((one, "vote", last), (one, way.name, last)) for way in rest]
+    for other in evaluations[1:]:
+        one = evaluations[0]
+        common = sorted({*one.ks} & {*other.ks})
+        pairs += [((one, "vote", k), (other, "vote", k)) for k in common]
+        if max(one.ks) != max(other.ks):
+            pairs.append(((one, "vote", max(one.ks)), (other, "vote", max(other.ks))))
     results = {
         "benchmark": benchmark.name,
         "data": args.data.name,
@@ -173,22 +236,40 @@ def _report(
     print(f"report: {args.output / 'report.html'}")
 
 
-def _judges(models: Sequence[str], adapters: Sequence[str]) -> list[tuple[str, str | None]]:
-    chosen = [None if adapter == NO_ADAPTER else adapter for adapter in adapters]
-    if not chosen:
-        return [(model, None) for model in models]
-    if len(models) == 1:
-        return [(models[0], adapter) for adapter in chosen]
-    if len(models) == len(chosen):
-        return list(zip(models, chosen, strict=True))
-    raise UsageError(
-        f"there are {len(models)} models and {len(chosen)} adapters; give one adapter for each "
-        "model, - for none"
-    )
+def _has(evaluation: Evaluation, method: str) -> bool:
+    return any(one.name == method for one in evaluation.methods)
 
 
-def _name(model: str, adapter: str | None) -> str:
-    return model if adapter is None else f"{model} + {Path(adapter).name}"
+def _judges(args: argparse.Namespace) -> list[_Judge]:
+    models, kinds = args.model, args.judge
+    adapters = [None if adapter == NO_ADAPTER else adapter for adapter in args.adapter]
+    if not adapters:
+        adapters = [None] * len(models)
+    elif len(models) == 1:
+        models = models * len(adapters)
+    elif len(models) != len(adapters):
+        raise UsageError(
+            f"there are {len(models)} models and {len(adapters)} adapters; give one adapter for "
+            "each model, - for none"
+        )
+    if len(kinds) == 1:
+        kinds = kinds * len(models)
+    elif len(models) == 1 and not args.adapter:
+        models, adapters = models * len(kinds), adapters * len(kinds)
+    elif len(kinds) != len(models):
+        raise UsageError(
+            f"there are {len(models)} models and {len(kinds)} kinds of judges; give one kind for "
+            "each model, or one for all"
+        )
+    return [
+        _Judge(
+            kind=kind,
+            model=model,
+            adapter=adapter,
+            critic=args.critic if kind == "cloud" else None,
+        )
+        for kind, model, adapter in zip(kinds, models, adapters, strict=True)
+    ]
 
 
 def _fingerprint(comparisons: Sequence[Comparison]) -> str:

@@ -21,7 +21,8 @@ from grm_jax.data import (
 )
 from grm_jax.errors import UsageError
 from grm_jax.judge import DEFAULT_TEMPLATE, GRM
-from grm_jax.sampling import ORDER_POLICIES
+from grm_jax.rewards import STATED_ERROR
+from grm_jax.sampling import ORDER_POLICIES, SCORE_POLICIES
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=256, metavar="T", help="tokens a sample (default 256)"
     )
     add("--orders", choices=ORDER_POLICIES, default="shuffle", help="order of the responses")
+    add(
+        "--scores",
+        choices=SCORE_POLICIES,
+        default="sampled",
+        help="what votes: the scores as sampled, or the mean of each under the model's own "
+        "distribution, which hardly ever ties",
+    )
     add(
         "--constrain",
         action=argparse.BooleanOptionalAction,
@@ -62,6 +70,7 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         "top_k": args.top_k,
         "max_new_tokens": args.max_new_tokens,
         "orders": args.orders,
+        "scores": args.scores,
         "constrain": args.constrain,
         "template": args.template,
         "meta_model": args.meta_model,
@@ -83,12 +92,37 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--output", type=Path, metavar="PATH", help="write JSON lines there; resumes if killed"
     )
+    add_adaptive_flags(parser)
     parser.set_defaults(run=run)
+
+
+def add_adaptive_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags by which sampling stops early."""
+    parser.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="draw no more samples of a record once the rest would hardly change its winner",
+    )
+    parser.add_argument(
+        "--adaptive-error",
+        type=float,
+        metavar="E",
+        help=f"the chance that they would (default {STATED_ERROR}; 0 for never)",
+    )
+
+
+def adaptive_error(args: argparse.Namespace) -> bool | float:
+    """The setting `adaptive` of `GRM.judge_batch` that the flags state."""
+    if args.adaptive_error is None:
+        return bool(args.adaptive)
+    if not args.adaptive:
+        raise UsageError("--adaptive-error says when sampling stops early; give --adaptive")
+    return float(args.adaptive_error)
 
 
 def run(args: argparse.Namespace) -> bool:
     """Judges the file; returns whether every record could be judged."""
-    named = sampling_settings(args)
+    named = sampling_settings(args) | {"adaptive": adaptive_error(args)}
     records = read_comparisons(args.file)
     total = None if args.file == "-" else sum(1 for _ in read_comparisons(args.file))
     if args.output is None:
@@ -113,7 +147,8 @@ def _load(args: argparse.Namespace) -> tuple[GRM, dict[str, Any]]:
     """The judge, and the settings with what they name loaded."""
     grm = GRM.from_pretrained(args.model, adapter=args.adapter)
     meta = None if args.meta_model is None else GRM.meta_model(args.meta_model)
-    return grm, sampling_settings(args) | {"meta_model": meta}
+    more = {"adaptive": adaptive_error(args), "meta_model": meta}
+    return grm, sampling_settings(args) | more
 
 
 def _to_screen(

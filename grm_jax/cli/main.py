@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "convert": "grm_jax.cli.convert",
         "train": "grm_jax.cli.train",
         "eval": "grm_jax.cli.evaluate",
+        "plan": "grm_jax.cli.plan",
         "serve": "grm_jax.cli.serve",
     }
 )
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in given[:1] if given and given[0] in COMMANDS else COMMANDS:
         importlib.import_module(COMMANDS[name]).add_parser(commands)
     args, overrides = parser.parse_known_args(argv)
-    if overrides and args.command != "train":
+    if overrides and args.command not in ("train", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
     _keep_compiled_programs()

@@ -93,9 +93,15 @@ def run(args: argparse.Namespace) -> bool:
         template=template,
         meta_model=meta,
         k_meta=args.k_meta,
+        scores=args.scores,
     )
     engine = ModelEngine(
-        grm=grm, template=template, top_k=args.top_k, meta_model=meta, k_meta=args.k_meta
+        grm=grm,
+        template=template,
+        top_k=args.top_k,
+        meta_model=meta,
+        k_meta=args.k_meta,
+        scores=args.scores,
     )
     service = Service(engine.plan, template=template, options=options)
     server = uvicorn.Server(

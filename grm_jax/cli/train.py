@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import jax
-
+from grm_jax.distributed import ending_together, join
 from grm_jax.errors import UsageError
 from grm_jax.evaluation import stage as evaluation
 from grm_jax.training import bt, cloud, meta, pairwise, rft, rl, sft, spct
@@ -41,7 +40,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add(
         "--distributed",
         action="store_true",
-        help="be one process of several, started on each host by SLURM, GKE or alike",
+        help="be one process of several, started on each host of a TPU pod, by srun or mpirun, or "
+        "with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set",
     )
     parser.set_defaults(run=run, overrides=[])
 
@@ -53,10 +53,11 @@ def run(args: argparse.Namespace) -> bool:
     if kind not in (*STAGES, "spct"):
         raise UsageError(f"stage is {kind!r}; it must be one of {', '.join(STAGES)}, spct")
     if args.distributed:
-        jax.distributed.initialize()
-    if kind == "spct":
-        spct.run(config, args.workdir, STAGES)
-        return True
-    settings = Settings(config)
-    STAGES[settings["stage"]](settings, args.workdir)
+        join()
+    with ending_together():
+        if kind == "spct":
+            spct.run(config, args.workdir, STAGES)
+            return True
+        settings = Settings(config)
+        STAGES[settings["stage"]](settings, args.workdir)
     return True

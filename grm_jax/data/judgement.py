@@ -10,17 +10,43 @@ class Sample:
 
     Attributes:
       order: Input indices of the responses in the order in which this sample saw them.
-      scores: One score a response, in input order; None if unreadable.
+      scores: One score a response, in input order, as sampled; None if unreadable.
       meta: The meta reward model's reward; None without one.
       text: What the model wrote; it speaks of the responses in its own order.
       finish: `"stop"` if the model ended its turn, `"length"` if its tokens ran out.
+      expected: The mean of each score under the judge's own distribution, given what it had written
+        before it, in input order; where it is there, it votes in place of the scores.
+      logprob: The mean log-probability of the tokens that the model wrote, at the temperature at
+        which they were sampled; None if it was not asked for.
     """
 
     order: tuple[int, ...]
-    scores: tuple[int, ...] | None
+    scores: tuple[float, ...] | None
     meta: float | None
     text: str
     finish: str
+    expected: tuple[float, ...] | None = None
+    logprob: float | None = None
+
+    @property
+    def votes(self) -> tuple[float, ...] | None:
+        """What the sample gives each response: expected scores if it has them; None without any."""
+        return self.scores if self.expected is None else self.expected
+
+    def to_record(self) -> dict[str, Any]:
+        """The sample as a JSON-ready object; what was not asked for has no key."""
+        record: dict[str, Any] = {
+            "order": list(self.order),
+            "scores": None if self.scores is None else list(self.scores),
+            "meta": self.meta,
+            "text": self.text,
+            "finish": self.finish,
+        }
+        if self.expected is not None:
+            record["expected"] = list(self.expected)
+        if self.logprob is not None:
+            record["logprob"] = self.logprob
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +62,7 @@ class Judgement:
       best: The first of them.
       tied: Indices of all responses with the top score.
       valid_samples: How many samples had readable scores.
-      samples: The samples.
+      samples: The samples; fewer than were asked for where they stopped early.
       prompt_tokens: Tokens of the distinct prompts; each is read once for all its samples.
       completion_tokens: Tokens sampled.
       seconds: Wall time, shared among what ran together.
@@ -44,7 +70,7 @@ class Judgement:
     """
 
     id: str
-    scores: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
     ranking: tuple[int, ...] = ()
     best: int | None = None
     tied: tuple[int, ...] = ()
@@ -62,7 +88,7 @@ class Judgement:
         best = self.best
 
         def margin(sample: Sample) -> float:
-            scores = sample.scores or ()
+            scores = sample.votes or ()
             rest = [score for index, score in enumerate(scores) if index != best]
             return scores[best] - max(rest) if rest else scores[best]
 
@@ -82,16 +108,7 @@ class Judgement:
             "id": self.id,
             **outcome,
             "valid_samples": self.valid_samples,
-            "samples": [
-                {
-                    "order": list(sample.order),
-                    "scores": None if sample.scores is None else list(sample.scores),
-                    "meta": sample.meta,
-                    "text": sample.text,
-                    "finish": sample.finish,
-                }
-                for sample in self.samples
-            ],
+            "samples": [sample.to_record() for sample in self.samples],
             "usage": {
                 "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": self.completion_tokens,

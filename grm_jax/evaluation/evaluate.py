@@ -17,6 +17,7 @@ from grm_jax.evaluation.measures import (
     measure_resamples,
     measure_value,
 )
+from grm_jax.evaluation.methods import PLAIN, Method, find_methods
 from grm_jax.evaluation.metrics import (
     TIE_POLICIES,
     TiePolicy,
@@ -30,32 +31,11 @@ from grm_jax.evaluation.metrics import (
     unreadable_rate,
 )
 from grm_jax.evaluation.scaling import resampled_correctness, sample_subsets, subset_totals
+from grm_jax.rewards import STATED_ERROR
 
 _DRAWS = 200
 _SLOW_DRAWS = 16
 _BINS = 8
-_ADAPTIVE_ERROR = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """How samples become a vote.
-
-    Attributes:
-      name: What reports call it.
-      guided: Whether meta rewards choose who votes.
-      k_meta: How many of k they choose; half of k if None.
-    """
-
-    name: str
-    guided: bool = False
-    k_meta: int | None = None
-
-    def voters(self, k: int) -> int | None:
-        """How many of k samples vote; None if all do."""
-        if not self.guided:
-            return None
-        return max(1, k // 2) if self.k_meta is None else min(self.k_meta, k)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,6 +62,7 @@ class Evaluation:
       judged: What it said.
       measures: Of the benchmark, the total first.
       methods: Ways to vote, the plain vote first.
+      ks: Numbers of samples.
       points: By the name of a method and k.
       results: All numbers, JSON-ready.
     """
@@ -90,6 +71,7 @@ class Evaluation:
     judged: Judged
     measures: Sequence[Measure]
     methods: Sequence[Method]
+    ks: Sequence[int]
     points: Mapping[tuple[str, int], Point]
     results: dict[str, Any]
 
@@ -104,6 +86,7 @@ def evaluate(
     k_metas: Sequence[int] = (),
     ties: TiePolicy | None = None,
     resamples: int = 1000,
+    stated_error: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Computes every number of a judge's report.
@@ -112,19 +95,20 @@ def evaluate(
       benchmark: What was judged.
       judged: The judgements, K samples each.
       name: Of the judge.
-      ks: Numbers of samples to report, at most K.
+      ks: Numbers of samples to report, at most K; where sampling stopped early, the largest alone
+        is, as fewer than were drawn cannot be resampled.
       model: What the judge's tokens cost.
       k_metas: Numbers of voters for guided votes, besides half of k.
       ties: The tie policy; the benchmark's own if None.
       resamples: Of every bootstrap.
+      stated_error: At which sampling stopped early, if it did.
       seed: Of subsets, resamples and ties.
     """
+    if judged.stopped_early:
+        ks = [max(ks)]
     ties = benchmark.ties if ties is None else ties
     measures = benchmark_measures(benchmark, judged)
-    methods = [Method(name="vote")]
-    if judged.meta is not None:
-        methods.append(Method(name="guided, half", guided=True))
-        methods += [Method(name=f"guided, {k}", guided=True, k_meta=k) for k in k_metas]
+    methods = find_methods(judged, k_metas)
     slow = any(_needs_means(measure) for measure in measures)
     points = {
         (method.name, k): _point(judged, method, k, ties=ties, slow=slow, seed=seed)
@@ -149,7 +133,7 @@ def evaluate(
         "curves": curves,
         "tie_policies": _by_tie_policy(judged, measures[0], max(ks), seed),
         "unreadable": {
-            "samples": unreadable_rate(judged.valid),
+            "samples": unreadable_rate(judged.valid[judged.drawn]),
             "comparisons": float(np.mean(~judged.valid.any(axis=1))),
         },
         "errors": {
@@ -159,14 +143,18 @@ def evaluate(
         },
         "positions": _positions(judged),
         "lengths": _lengths(judged),
-        "adaptive": _adaptive(judged, measures[0], points["vote", max(ks)], ties, resamples, seed),
-        "meta": _reliability(judged),
+        "adaptive": _adaptive(judged, measures[0], points["vote", max(ks)], ties, resamples, seed)
+        if not judged.stopped_early
+        else _stopped(judged, measures[0], points["vote", max(ks)], stated_error),
+        "meta": _reliability(judged, judged.meta),
+        "confidence": _reliability(judged, judged.logprob),
     }
     return Evaluation(
         name=name,
         judged=judged,
         measures=measures,
         methods=methods,
+        ks=list(ks),
         points=points,
         results=plain_json(results),
     )
@@ -246,9 +234,9 @@ def _point(
     judged: Judged, method: Method, k: int, *, ties: TiePolicy, slow: bool, seed: int
 ) -> Point:
     voters = method.voters(k)
-    meta = judged.meta if method.guided else None
+    meta, votes = method.trust(judged), method.votes(judged)
     correct, even = resampled_correctness(
-        judged.scores,
+        votes,
         judged.valid,
         judged.right,
         judged.counts,
@@ -263,8 +251,8 @@ def _point(
     if slow:
         chosen = sample_subsets(judged.samples, k, draws=_SLOW_DRAWS, seed=seed)
         # A column of ones besides the scores counts who votes.
-        ones = np.ones((*judged.scores.shape[:2], 1))
-        counted = np.concatenate([judged.scores, ones], axis=-1)
+        ones = np.ones((*votes.shape[:2], 1))
+        counted = np.concatenate([votes, ones], axis=-1)
         totals = subset_totals(counted, judged.valid, chosen, meta=meta, k_meta=voters)
         with np.errstate(invalid="ignore"):
             found = totals[..., :-1] / totals[..., -1:]
@@ -319,7 +307,7 @@ def _by_tie_policy(judged: Judged, total: Measure, k: int, seed: int) -> dict[st
         policy: measure_value(total, judged, point.correct, point.means)
         for policy in TIE_POLICIES
         for point in [
-            _point(judged, Method(name="vote"), k, ties=policy, slow=_needs_means(total), seed=seed)  # type: ignore[arg-type]
+            _point(judged, PLAIN, k, ties=policy, slow=_needs_means(total), seed=seed)  # type: ignore[arg-type]
         ]
     }
 
@@ -330,18 +318,29 @@ def _adaptive(
     """What stopping early would have saved and cost, from samples that were all drawn."""
     if _needs_means(total) or judged.samples < 3:
         return None
-    votes = adaptive_votes(judged.scores, judged.valid, judged.counts, error=_ADAPTIVE_ERROR)
+    votes = adaptive_votes(judged.scores, judged.valid, judged.counts)
     correct = correctness(votes.totals, judged.right, judged.counts, ties=ties, seed=seed)
     drawn = measure_resamples(total, judged, correct - full.correct, [], resamples=resamples)
     change = measure_value(total, judged, correct - full.correct, [])
     found = difference_of(change, drawn)
     members = total.members
     return {
-        "error": _ADAPTIVE_ERROR,
+        "error": STATED_ERROR,
         "mean_samples": float(votes.used[members].mean()),
         "changed": float(votes.changed[members].mean()),
         "value": measure_value(total, judged, correct, []),
         "difference": {"value": found.value, "low": found.low, "high": found.high},
+    }
+
+
+def _stopped(judged: Judged, total: Measure, point: Point, error: float | None) -> dict[str, Any]:
+    """What was drawn, where sampling did stop early."""
+    return {
+        "error": error,
+        "mean_samples": float(judged.drawn[total.members].sum(axis=1).mean()),
+        "changed": None,
+        "value": measure_value(total, judged, point.correct, point.means),
+        "difference": {"value": None, "low": None, "high": None},
     }
 
 
@@ -380,17 +379,17 @@ def _lengths(judged: Judged) -> dict[str, Any] | None:
     }
 
 
-def _reliability(judged: Judged) -> dict[str, Any] | None:
-    """How often samples are right, by the meta reward they got: the reliability of a meta model."""
+def _reliability(judged: Judged, trust: np.ndarray | None) -> dict[str, Any] | None:
+    """How often samples are right, by what says whether to trust them: how reliable that is."""
     rows = judged.decidable
-    if judged.meta is None or not rows.any():
+    if trust is None or not rows.any():
         return None
-    use = judged.valid[rows] & ~np.isnan(judged.meta[rows])
+    use = judged.valid[rows] & ~np.isnan(trust[rows])
     flat = judged.scores[rows][use]
     counts = np.broadcast_to(judged.counts[rows][:, None], use.shape)[use]
     right = np.broadcast_to(judged.right[rows][:, None], judged.scores[rows].shape)[use]
     won = correctness(flat, right, counts, ties="strict")
-    rewards = judged.meta[rows][use]
+    rewards = trust[rows][use]
     order = np.argsort(rewards, kind="stable")
     bins = [part for part in np.array_split(order, _BINS) if len(part)]
     chance = 0.5 * (1 + np.tanh(rewards / 2))

@@ -18,10 +18,15 @@ class Judged:
 
     Attributes:
       comparisons: What was judged.
-      scores: `f64[C, K, N]`, in input order; 0 where unreadable.
+      scores: `f64[C, K, N]`, as sampled, in input order; 0 where unreadable.
+      expected: `f64[C, K, N]`, expected scores; None if none were recorded.
+      drawn: `bool[C, K]`, which samples there are: not all, where sampling stopped early or a
+        comparison could not be judged.
       valid: `bool[C, K]`, which samples could be read.
       meta: `f64[C, K]`, meta rewards; None without a meta model.
-      orders: `i32[C, K, N]`, input index of the response at each place; -1 beyond the responses.
+      logprob: `f64[C, K]`, mean log-probabilities of what the judge wrote; None if not recorded.
+      orders: `i32[C, K, N]`, input index of the response at each place; -1 beyond the responses,
+        and throughout where responses were not shown together.
       right: `bool[C, N]`, the responses that the label calls best.
       counts: `i32[C]`, responses of each comparison.
       lengths: `i64[C, N]`, characters of each response.
@@ -36,8 +41,11 @@ class Judged:
 
     comparisons: tuple[Comparison, ...]
     scores: np.ndarray
+    expected: np.ndarray | None
+    drawn: np.ndarray
     valid: np.ndarray
     meta: np.ndarray | None
+    logprob: np.ndarray | None
     orders: np.ndarray
     right: np.ndarray
     counts: np.ndarray
@@ -55,9 +63,18 @@ class Judged:
         """K."""
         return self.scores.shape[1]
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether some comparison has only a part of its K samples."""
+        drawn = self.drawn.sum(axis=1)
+        return bool(np.any((drawn > 0) & (drawn < self.samples)))
+
     def distinct_prompts(self) -> list[np.ndarray]:
         """For each comparison how many samples saw each distinct order of its responses."""
-        return [np.unique(rows, axis=0, return_counts=True)[1] for rows in self.orders]
+        return [
+            np.unique(rows[drawn] if drawn.any() else rows, axis=0, return_counts=True)[1]
+            for rows, drawn in zip(self.orders, self.drawn, strict=True)
+        ]
 
 
 def judged_from_records(
@@ -74,8 +91,10 @@ def judged_from_records(
       UsageError: If a record is of another comparison, or malformed.
     """
     size, width = len(comparisons), max(len(c.responses) for c in comparisons)
-    scores, meta = np.zeros((size, samples, width)), np.full((size, samples), np.nan)
-    valid = np.zeros((size, samples), bool)
+    scores = np.zeros((size, samples, width))
+    expected = np.full((size, samples, width), np.nan)
+    meta, logprob = np.full((2, size, samples), np.nan)
+    drawn, valid = np.zeros((2, size, samples), bool)
     orders = np.full((size, samples, width), -1, np.int32)
     prompt, completion, seconds = np.zeros((3, size))
     errors: list[str | None] = []
@@ -86,13 +105,16 @@ def judged_from_records(
             )
         errors.append(record.get("error"))
         for place, sample in enumerate(record["samples"][:samples]):
-            count = len(sample["order"])
-            orders[row, place, :count] = sample["order"]
+            drawn[row, place] = True
+            count = len(comparison.responses)
+            if sample["order"]:
+                orders[row, place, :count] = sample["order"]
             if sample["scores"] is not None:
                 scores[row, place, :count] = sample["scores"]
+                expected[row, place, :count] = sample.get("expected", np.nan)
                 valid[row, place] = True
-            if sample["meta"] is not None:
-                meta[row, place] = sample["meta"]
+            meta[row, place] = _number(sample["meta"])
+            logprob[row, place] = _number(sample.get("logprob"))
         usage = record["usage"]
         prompt[row], completion[row] = usage["prompt_tokens"], usage["completion_tokens"]
         seconds[row] = usage["seconds"] or 0.0
@@ -106,8 +128,11 @@ def judged_from_records(
     return Judged(
         comparisons=tuple(comparisons),
         scores=scores,
+        expected=None if np.isnan(expected).all() else np.nan_to_num(expected),
+        drawn=drawn,
         valid=valid,
         meta=None if np.isnan(meta).all() else meta,
+        logprob=None if np.isnan(logprob).all() else logprob,
         orders=orders,
         right=right,
         counts=counts,
@@ -127,6 +152,10 @@ def read_judgements(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def _right(comparison: Comparison, width: int) -> np.ndarray:

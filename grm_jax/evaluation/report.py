@@ -134,11 +134,13 @@ _DIFFERENCE_NOTE = "Second less first, in points of the total; paired bootstrap 
 _TRUST_NOTE = (
     "Agreement is the chance that two samples of a comparison choose alike, when they saw the "
     "responses in the same order, and when they did not. Longest: how often the longest response "
-    "is chosen, and how often it is right."
+    "is chosen, and how often it is right. Confidence: the chance that of a right and a wrong "
+    "sample the judge found the right one likelier to write; 50 tells nothing."
 )
 _ADAPTIVE_NOTE = (
     "The total if each comparison's samples had stopped once another winner was less likely than "
-    "the stated error, against that of all samples."
+    "the stated error, against that of all samples. A judge without a difference did stop so, and "
+    "there is nothing to compare it with."
 )
 _PUBLISHED_NOTE = (
     "arXiv:2504.02495, in percent; its prompts, samples and tie rule (random) differ from ours."
@@ -268,6 +270,7 @@ def _trust_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             "other order",
             "longest chosen",
             "longest right",
+            "confidence, AUC",
         ]
     ]
     for model in models:
@@ -283,6 +286,7 @@ def _trust_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 _share(positions.get("agreement_other_order")),
                 _share(lengths.get("chosen_longest")),
                 _share(lengths.get("best_longest")),
+                _share((model["confidence"] or {}).get("auc")),
             ]
         )
     return rows

@@ -8,6 +8,7 @@ are those of arXiv:2504.02495.
 
 from grm_jax.rewards.extraction import extract_scores
 from grm_jax.rewards.outcome import group_advantages, outcome_reward, pointwise_outcome_reward
+from grm_jax.rewards.stopping import STATED_ERROR, flip_chance, looks
 from grm_jax.rewards.verdicts import (
     extract_verdicts,
     majority_vote,
@@ -17,10 +18,13 @@ from grm_jax.rewards.verdicts import (
 from grm_jax.rewards.voting import guided_vote, rank, restore_order, tied_for_best, vote
 
 __all__ = [
+    "STATED_ERROR",
     "extract_scores",
     "extract_verdicts",
+    "flip_chance",
     "group_advantages",
     "guided_vote",
+    "looks",
     "majority_vote",
     "outcome_reward",
     "pointwise_outcome_reward",

@@ -1,5 +1,6 @@
 """Sampling judgements: orders, batches, the layout constraint and the decoding loop."""
 
+from grm_jax.sampling.expected import SCORE_POLICIES, ScoreReader
 from grm_jax.sampling.layout import Layout, judgement_layout
 from grm_jax.sampling.meta import MetaModel, judged_tokens
 from grm_jax.sampling.orders import ORDER_POLICIES, response_orders
@@ -17,10 +18,12 @@ from grm_jax.sampling.scheduling import LENGTHS, bucket, power_of_two, run_in_or
 __all__ = [
     "LENGTHS",
     "ORDER_POLICIES",
+    "SCORE_POLICIES",
     "Controls",
     "Layout",
     "MetaModel",
     "Rollouts",
+    "ScoreReader",
     "bucket",
     "decode",
     "empty_prefix",

@@ -112,6 +112,7 @@ class PromptResult:
       valid: `bool[k]`, whether the scores were readable.
       logprobs: `f32[k, T]` and `sampled_logprobs`, as in `Rollouts`.
       seconds: Wall time of the batch, divided among its samples.
+      expected: `f32[k, N]`, expected scores in input order; None if they were not asked for.
     """
 
     tokens: list[np.ndarray]
@@ -122,6 +123,7 @@ class PromptResult:
     logprobs: np.ndarray
     sampled_logprobs: np.ndarray
     seconds: float
+    expected: np.ndarray | None = None
 
 
 def sample_keys(key: jax.Array, samples: int) -> np.ndarray:
@@ -325,7 +327,7 @@ class JudgeSampler:
             config,
             prefix,
             np.asarray([job.tokens[-1] for job in padded], np.int32),
-            jax.random.wrap_key_data(keys),
+            jax.random.wrap_key_data(jnp.asarray(keys)),
             Controls(
                 temperature=jnp.float32(settings.temperature),
                 top_p=jnp.float32(settings.top_p),

@@ -38,6 +38,7 @@ def run_in_order(
     shape: Callable[[Job], Shape],
     limit: Callable[[Shape], int],
     run: Callable[[Sequence[Job]], Sequence[Result]],
+    more: Callable[[Item, Sequence[Result]], Sequence[Job]] = lambda item, results: (),
     lookahead: int = 64,
 ) -> Iterator[tuple[Item, list[Result]]]:
     """Runs the jobs of many items in batches of equal shape and yields items in order.
@@ -52,6 +53,7 @@ def run_in_order(
       shape: What jobs must share to run in one batch.
       limit: Most jobs in a batch of a shape.
       run: Runs a batch and returns one result for each job.
+      more: Further jobs of an item, of which all so far have these results; none ends it.
       lookahead: Items held at once.
 
     Yields:
@@ -88,3 +90,8 @@ def run_in_order(
         results = run([job for _, job, _ in batch])
         for (index, _, finished), result in zip(batch, results, strict=True):
             finished[index] = result
+        # At once, so that the next rounds of different items run together.
+        touched = {id(finished) for _, _, finished in batch}
+        for item, todo, finished in window:
+            if id(finished) in touched and len(finished) == len(todo):
+                todo += more(item, [finished[index] for index in range(len(todo))])

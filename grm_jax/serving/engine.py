@@ -1,7 +1,7 @@
 """What a judge's model does for the service: judgements and plain answers, as plans for a batcher.
 
 Requests may choose settings of their own where that costs no memory and no new kind of program
-without bound: the template, top-k and the meta model are the server's.
+without bound: the template, top-k, the meta model and what votes are the server's.
 """
 
 import functools
@@ -11,8 +11,9 @@ from typing import final
 
 from grm_jax.completion import Completion, chat_jobs, read_answers
 from grm_jax.data import Comparison, Judgement, Message
-from grm_jax.judge import GRM
+from grm_jax.judge import GRM, Runner
 from grm_jax.prompts import Template
+from grm_jax.rounds import plan_record
 from grm_jax.sampling import MetaModel
 from grm_jax.sampling.batching import JudgeSampler, PromptJob, PromptResult, SamplingSettings
 from grm_jax.serving.batcher import Plan
@@ -71,6 +72,7 @@ class ModelEngine:
       top_k: Sample among this many likeliest tokens; 0 for all.
       meta_model: Says which samples to trust.
       k_meta: How many of them vote; half if None.
+      scores: What of a sample votes, as in `GRM.judge_batch`.
     """
 
     grm: GRM
@@ -78,9 +80,14 @@ class ModelEngine:
     top_k: int = 0
     meta_model: MetaModel | None = None
     k_meta: int | None = None
+    scores: str = "sampled"
 
     @functools.cached_property
     def _samplers(self) -> dict[SamplingSettings, JudgeSampler]:
+        return {}
+
+    @functools.cached_property
+    def _runners(self) -> dict[SamplingSettings, Runner]:
         return {}
 
     def _sampler(self, settings: SamplingSettings) -> JudgeSampler:
@@ -112,7 +119,7 @@ class ModelEngine:
             high=self.template.high,
         )
         sampler = self._sampler(settings)
-        planned = self.grm._plan(
+        planned = plan_record(
             sampler,
             request.comparison,
             template=self.template,
@@ -130,7 +137,12 @@ class ModelEngine:
                 planned, results, request.samples, request.seed, self.meta_model, voters
             )
 
-        return _plan(sampler, planned.jobs, finish)
+        return _plan(sampler, planned.jobs, finish, run=self._runner(sampler), kind=self.scores)
+
+    def _runner(self, sampler: JudgeSampler) -> Runner:
+        if sampler.settings not in self._runners and len(self._runners) >= 64:
+            self._runners.clear()
+        return self._runners.setdefault(sampler.settings, self.grm.runner(sampler, self.scores))
 
     def _chat(self, request: ChatRequest) -> Plan:
         settings = SamplingSettings(
@@ -149,18 +161,22 @@ class ModelEngine:
                 prompt_tokens=len(jobs[0].tokens),
             )
 
-        return _plan(sampler, jobs, finish)
+        return _plan(sampler, jobs, finish, run=sampler.run, kind="sampled")
 
 
 def _plan(
     sampler: JudgeSampler,
     jobs: Sequence[PromptJob],
     finish: Callable[[Sequence[PromptResult]], object],
+    *,
+    run: Runner,
+    kind: str,
 ) -> Plan:
     return Plan(
         jobs=jobs,
-        shape=lambda job: (sampler.settings, sampler.shape(job)),
+        # Jobs that share a batch are run by the runner of any of them.
+        shape=lambda job: (kind, sampler.settings, sampler.shape(job)),
         limit=lambda job: sampler.limit(sampler.shape(job)),
-        run=sampler.run,
+        run=run,
         finish=finish,
     )

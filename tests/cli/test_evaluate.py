@@ -87,9 +87,52 @@ def test_two_judges_make_one_table(evaluate: Call, rows: Path, tmp_path: Path) -
     assert "not the numbers of the whole benchmark" in (out / "report.md").read_text()
 
 
+def test_ways_to_vote_and_kinds_of_judges(evaluate: Call, rows: Path, tmp_path: Path) -> None:
+    """Expected scores, confidence and LLM-as-a-judge, and the table of what they reach."""
+    out = tmp_path / "ways"
+    found = evaluate(
+        *("--data", rows, "--output", out, "--limit", "3", "--scores", "expected"),
+        *("--judge", "grm", "verdict"),
+    )
+    assert found.status == 0, found.err
+    grm, verdict = json.loads((out / "results.json").read_text())["models"]
+    assert (grm["name"], verdict["name"]) == ("smollm2-135m", "smollm2-135m (verdict)")
+    assert list(grm["curves"]) == ["vote", "expected", "confident, half"]
+    assert list(verdict["curves"]) == ["vote", "expected"]
+    assert grm["curves"]["expected"][0]["tie_rate"] == 0
+    table = evaluate("--table", out, "--output", tmp_path / "table")
+    assert table.status == 0, table.err
+    assert "| smollm2-135m (verdict) | vote | 2 |" in table.out
+    assert (tmp_path / "table" / "table.md").read_text() == table.out
+
+
+def test_samples_that_stop_early(evaluate: Call, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "early"
+    found = evaluate(
+        *("--data", rows, "--output", out, "--samples", "1,8", "--adaptive"),
+        *("--adaptive-error", "0.4"),
+    )
+    assert found.status == 0, found.err
+    (model,) = json.loads((out / "results.json").read_text())["models"]
+    drawn = [
+        len(json.loads(line)["samples"])
+        for line in (out / "judgements.jsonl").read_text().splitlines()
+    ]
+    assert min(drawn) < 8
+    assert model["adaptive"]["mean_samples"] == sum(drawn) / len(drawn)
+    assert [point["k"] for point in model["curves"]["vote"]] == [8]
+    assert "| 40.0 |" in (out / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--judge", "bt", "--adapter", "x"), "a bt judge is a classifier"),
+        (("--judge", "cloud"), "--critic names the model"),
+        (("--judge", "verdict", "--adaptive"), "a verdict judge has none"),
+        (("--adaptive-error", "0.1"), "give --adaptive"),
+        (("--model", "a", "b", "c", "--judge", "grm", "bt"), "3 models and 2 kinds"),
+        (("--table", "nowhere"), "cannot read nowhere"),
         (("--samples", "0,8"), "no list of numbers"),
         (("--k-meta", "4"), "give --meta-model"),
         (("--model", "a", "b", "--adapter", "x", "y", "z"), "2 models and 3 adapters"),

@@ -104,6 +104,27 @@ def test_orders_are_mapped_back_to_the_input(judge: Call, tmp_path: Path) -> Non
         assert sample["text"].endswith(f"\\boxed{{{', '.join(shown)}}}")
 
 
+def test_expected_scores_vote_and_stand_beside_the_sampled(judge: Call, three: Path) -> None:
+    plain = judge(three).records
+    found = judge(three, "--scores", "expected").records
+    for item, usual in zip(found, plain, strict=True):
+        samples, others = item["samples"], usual["samples"]
+        assert [one["scores"] for one in samples] == [one["scores"] for one in others]
+        assert all(one.keys() == SAMPLE_KEYS | {"expected"} for one in samples)
+        columns = zip(*(one["expected"] for one in samples), strict=True)
+        assert item["scores"] == pytest.approx([sum(column) for column in columns], abs=1e-4)
+        assert len(item["tied"]) == 1
+
+
+def test_sampling_stops_early(judge: Call, three: Path) -> None:
+    whole = judge(three, "--samples", "6").records
+    early = judge(three, "--samples", "6", "--adaptive", "--adaptive-error", "0.45").records
+    for item, usual in zip(early, whole, strict=True):
+        assert len(item["samples"]) in (4, 6)
+        assert item["samples"] == usual["samples"][: len(item["samples"])]
+    assert any(len(item["samples"]) == 4 for item in early)
+
+
 def test_samples_without_readable_scores_fail_the_record(judge: Call, three: Path) -> None:
     outcome = judge(three, "--no-constrain")
     assert outcome.status == 1
@@ -151,6 +172,8 @@ def test_a_bad_record_is_reported_in_its_place_and_the_rest_is_judged(
         (["--top-k", "-1"], "top_k is -1"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--template", "nosuch"], "no template 'nosuch'"),
+        (["--adaptive", "--adaptive-error", "1"], "adaptive is 1.0"),
+        (["--adaptive-error", "0.1"], "give --adaptive"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_status_2(

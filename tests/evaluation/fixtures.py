@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 
 from grm_jax.data import Comparison, Judgement, Sample
+from grm_jax.evaluation.benchmarks import find_benchmark, load_benchmark
+from grm_jax.evaluation.browsing import browsable, left_out
+from grm_jax.evaluation.cost import ModelCost
+from grm_jax.evaluation.evaluate import Evaluation, compare, evaluate
 from grm_jax.evaluation.judged import Judged, judged_from_records
 from grm_jax.evaluation.metrics import right_responses
+from grm_jax.evaluation.report import write_report
+
+COST = ModelCost(per_token=1e9, per_output=1e8, per_context=1e4)
 
 
 def fake_judgement(
@@ -176,3 +183,34 @@ def realmistake_zip(path: Path) -> Path:
             folder = task.replace("math_problem", "math_word_problem")
             archive.writestr(f"data/{folder}/m.jsonl", "".join(lines))
     return path
+
+
+def made(
+    name: str, data: Path, folder: Path, *, samples: int = 8
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Writes a report on drawn judgements; returns the evaluation and `results.json`."""
+    benchmark = find_benchmark(name)
+    comparisons = load_benchmark(name, data)
+    judged, records = fake_judged(comparisons, samples=samples, meta=True)
+    found = evaluate(
+        benchmark,
+        judged,
+        name="tiny",
+        ks=sorted({1, 2, samples}),
+        model=COST,
+        k_metas=[1],
+        resamples=60,
+    )
+    results = {
+        "benchmark": name,
+        "data": data.name,
+        "limit": None,
+        "ties": benchmark.ties,
+        "models": [found.results],
+        "comparisons": [
+            compare((found, "vote", 1), (found, "guided, half", samples), resamples=60)
+        ],
+    }
+    shown = browsable(benchmark, judged, records, judge="tiny")
+    write_report(folder, benchmark, results, shown, left_out=left_out(benchmark, judged))
+    return found, json.loads((folder / "results.json").read_text())

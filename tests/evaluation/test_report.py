@@ -3,44 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from grm_jax.evaluation.benchmarks import find_benchmark, load_benchmark
-from grm_jax.evaluation.browsing import browsable, left_out
-from grm_jax.evaluation.cost import ModelCost
-from grm_jax.evaluation.evaluate import Evaluation, compare, evaluate
-from grm_jax.evaluation.report import write_report
 from tests.evaluation.fixtures import (
-    fake_judged,
+    made,
     realmistake_zip,
     rewardbench_rows,
     write_lines,
 )
-
-COST = ModelCost(per_token=1e9, per_output=1e8, per_context=1e4)
-
-
-def made(name: str, data: Path, folder: Path) -> tuple[Evaluation, dict[str, Any]]:
-    """Writes a report on drawn judgements; returns the evaluation and `results.json`."""
-    benchmark = find_benchmark(name)
-    comparisons = load_benchmark(name, data)
-    judged, records = fake_judged(comparisons, samples=8, meta=True)
-    found = evaluate(
-        benchmark, judged, name="tiny", ks=[1, 2, 8], model=COST, k_metas=[1], resamples=60
-    )
-    results = {
-        "benchmark": name,
-        "data": data.name,
-        "limit": None,
-        "ties": benchmark.ties,
-        "models": [found.results],
-        "comparisons": [compare((found, "vote", 1), (found, "guided, half", 8), resamples=60)],
-    }
-    shown = browsable(benchmark, judged, records, judge="tiny")
-    write_report(folder, benchmark, results, shown, left_out=left_out(benchmark, judged))
-    return found, json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -159,3 +159,30 @@ def test_every_job_runs_once_in_batches_of_one_shape(items: list[Item], lookahea
         assert batch[0] == unfinished[0]
         assert all(job[0] < unfinished[0][0] + lookahead for job in batch)
         unfinished = [job for job in unfinished if job not in batch]
+
+
+# --- rounds ---
+
+
+def test_items_that_want_more_run_together_and_keep_their_order() -> None:
+    """Each item asks for as many further jobs, one at a time, as its number says."""
+    batches: list[list[Job]] = []
+
+    def run(batch: Sequence[Job]) -> list[int]:
+        batches.append(list(batch))
+        return [place for _, place, _ in batch]
+
+    def more(item: Item, results: Sequence[int]) -> list[Job]:
+        assert list(results) == list(range(len(results)))
+        return [(item[0], len(results), "c")] if len(results) <= item[0] else []
+
+    found = run_in_order(
+        [(number, ["c"]) for number in range(4)],
+        jobs=jobs_of,
+        shape=lambda job: job[2],
+        limit=lambda shape: 5,
+        run=run,
+        more=more,
+    )
+    assert [(item[0], len(results)) for item, results in found] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [len(batch) for batch in batches] == [4, 3, 2, 1]

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from grm_jax import GRM, checkpoints
-from grm_jax import judge as judge_module
+from grm_jax import GRM, checkpoints, rounds
 from grm_jax.errors import UsageError
 from grm_jax.prompts import parse_scores, tokenizer_from_folder
 from grm_jax.training import rft, trajectories
@@ -91,7 +90,7 @@ def finished(folder: Path) -> tuple[Path, list[Shown], str]:
     shown: list[Shown] = []
     prompts: list[Any] = []
     judges: list[weakref.ref[GRM]] = []
-    render, encode, open_judge = judge_module.render, judge_module.encode_chat, GRM.from_pretrained
+    render, encode, open_judge = rounds.render, rounds.encode_chat, GRM.from_pretrained
 
     def seen_render(template: Any, turns: Any, responses: Any, *, hint: int | None) -> Any:
         prompts.append((tuple(responses), hint))
@@ -118,8 +117,8 @@ def finished(folder: Path) -> tuple[Path, list[Shown], str]:
     said = folder / "said"
     with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
         patch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
-        patch.setattr(judge_module, "render", seen_render)
-        patch.setattr(judge_module, "encode_chat", seen_encode)
+        patch.setattr(rounds, "render", seen_render)
+        patch.setattr(rounds, "encode_chat", seen_encode)
         patch.setattr(GRM, "from_pretrained", seen_judge)
         patch.setattr(rft.sft, "train_on_sequences", train)
         patch.setattr(sys, "stderr", file)

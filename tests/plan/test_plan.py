@@ -1,0 +1,331 @@
+"""Plans against what was counted by hand, and against the programs that really run."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from grm_jax.data.packing import PackedRows
+from grm_jax.distributed import make_mesh
+from grm_jax.errors import UsageError
+from grm_jax.plan import (
+    Report,
+    StageReport,
+    build_stage,
+    parse_topology,
+    plan,
+    plan_stage,
+    stage_configs,
+)
+from grm_jax.plan.chips import CHIPS, devices_of
+from grm_jax.plan.compiling import needed_bytes
+from grm_jax.plan.search import candidates
+from grm_jax.prompts.nano import nano_tokenizer
+from grm_jax.training import sft, spct
+from grm_jax.training.config import Settings
+from grm_jax.training.model import open_model
+from tests.plan.small import SHAPE, small
+
+ROOT = Path(__file__).parents[2]
+HERE = parse_topology("cpu:8")
+
+
+def planned(config: ConfigDict, **options: Any) -> StageReport:
+    """The plan of one stage on the eight devices."""
+    (stage,) = plan(config, HERE, search=False, **options).stages
+    return stage
+
+
+@pytest.fixture(scope="module")
+def learning() -> StageReport:
+    """Fine-tuning, with the parameters in parts on all devices."""
+    return planned(small("rft", mesh__fsdp=8, mesh__tensor=1))
+
+
+@pytest.fixture(scope="module")
+def reinforcing() -> StageReport:
+    """Reinforcement learning, likewise."""
+    return planned(small("rl", mesh__fsdp=8, mesh__tensor=1, batch__rows=32))
+
+
+def shard(shape: tuple[int, ...], split: tuple[int, ...]) -> int:
+    """Numbers of an array in the part of one device."""
+    return math.prod(
+        size // parts if size % parts == 0 else size
+        for size, parts in zip(shape, split, strict=True)
+    )
+
+
+def parameters(vocab: int, fsdp: int, tensor: int) -> int:
+    """Numbers of the small decoder's parameters on one device, worked out by hand."""
+    layers, width, heads, size, hidden = 2, 64, 4, 16, 128
+    return sum(
+        (
+            shard((vocab, width), (tensor, fsdp)),
+            3 * shard((layers, heads, size, width), (1, tensor, 1, fsdp)),  # queries, keys, values
+            shard((layers, width, heads, size), (1, fsdp, tensor, 1)),
+            2 * shard((layers, hidden, width), (1, tensor, fsdp)),
+            shard((layers, width, hidden), (1, fsdp, tensor)),
+            2 * shard((layers, width), (1, fsdp)) + shard((width,), (fsdp,)),
+        )
+    )
+
+
+def vocabulary() -> int:
+    return nano_tokenizer().vocab_size
+
+
+def test_arguments_of_an_update_are_parameters_moments_counts_and_batch(
+    learning: StageReport,
+) -> None:
+    (update,) = learning.programs
+    held = 4 * parameters(vocabulary(), 8, 1)
+    # Three counts of the state, its key, and those of Adam and of the schedule. Positions of packed
+    # rows are not read: segments tell them.
+    counts = 3 * 4 + 8 + 2 * 4
+    batch = 16 // 8 * 64 * (4 + 4 + 1)
+    assert update.memory.arguments == 3 * held + counts + batch
+    assert learning.state == 3 * held + counts
+    assert update.memory.beside == 0
+
+
+def test_arguments_of_rollouts_are_parameters_and_prompts(reinforcing: StageReport) -> None:
+    rollout, experience, update = reinforcing.programs
+    held = 4 * parameters(vocabulary(), 8, 1)
+    # One prompt of the eight is on each device: tokens, length, order, count and answer. Then the
+    # step, the key and the number of the round.
+    prompts = 4 * (32 + 1 + 4 + 1 + 1)
+    assert rollout.memory.arguments == held + prompts + 4 + 8 + 4
+    # The moments, their counts, and the reference lie beside.
+    assert reinforcing.state == 4 * held + 28
+    assert rollout.memory.beside == reinforcing.state - held - 12
+    assert experience.memory.beside == reinforcing.state - held
+    assert update.memory.beside == held
+    assert update.memory.arguments > 3 * held
+
+
+def test_peak_is_that_of_the_program_that_runs(learning: StageReport) -> None:
+    """The update of a run, with arrays, compiled by the run's own call."""
+    settings = Settings(small("rft", mesh__fsdp=8, mesh__tensor=1))
+    mesh = make_mesh(settings.group("mesh"), jax.devices()[:8])
+    model = open_model(settings, mesh)
+    learner = sft.make_sft_learner(settings, mesh, model)
+    state = learner.begin(model.load_params(), model.load_frozen(), 0)
+    rows = np.ones((16, 64), np.int32)
+    batch = learner.place(PackedRows(rows, rows, rows, rows > 0))
+    with learner.here():
+        found = learner.step.lower(state, batch).compile().memory_analysis()  # type: ignore[attr-defined]
+    memory = learning.programs[0].memory
+    assert memory.arguments == found.argument_size_in_bytes
+    assert memory.temporaries == found.temp_size_in_bytes
+    inside = found.argument_size_in_bytes + found.output_size_in_bytes
+    inside += found.temp_size_in_bytes - found.alias_size_in_bytes
+    assert memory.peak == inside + found.generated_code_size_in_bytes
+
+
+def test_flops_are_those_counted_on_paper(learning: StageReport, reinforcing: StageReport) -> None:
+    for stage in (learning, reinforcing):
+        for program in stage.programs:
+            assert program.flops == pytest.approx(program.analytic_flops, rel=0.02), program.name
+
+
+def test_flops_of_remat_adapters_and_windows() -> None:
+    shape = {
+        **SHAPE,
+        "family": "gemma2",
+        "num_kv_heads": 2,
+        "windows": (16, 2**30),
+        "logit_softcap": 30.0,
+        "attention_softcap": 50.0,
+    }
+    config = small("rft", model__remat=True, model__shape=shape)
+    (update,) = planned(config).programs
+    assert update.flops == pytest.approx(update.analytic_flops, rel=0.02)
+
+
+def test_training_gathers_each_layer_by_itself(learning: StageReport) -> None:
+    (update,) = learning.programs
+    embedding = 4 * vocabulary() * 64
+    layers = 4 * parameters(vocabulary(), 1, 1) - embedding
+    gathers = [one for one in update.traffic if one.kind == "all-gather"]
+    assert {one.chips for one in gathers} == {8}
+    # In each of two micro-batches: layers forwards and backwards, the embedding once.
+    payload = sum(one.payload for one in gathers)
+    assert payload == pytest.approx(2 * (2 * layers + embedding), rel=0.01)
+    assert max(one.largest for one in gathers) == embedding
+    # Gradients meet once in each.
+    sums = [one for one in update.traffic if one.kind in ("all-reduce", "reduce-scatter")]
+    assert sum(one.payload for one in sums) == pytest.approx(2 * (layers + embedding), rel=0.01)
+    rest = sum(one.payload for one in update.traffic if one not in gathers + sums)
+    assert rest < 0.05 * payload
+
+
+def test_decoding_gathers_neither_parameters_nor_logits(tmp_path: Path) -> None:
+    """With heads, hidden units and vocabulary in parts on eight devices."""
+    vocab, width, layers, tokens, rows = 1024, 64, 2, 16, 16
+    shape = {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = small(
+        "rl",
+        mesh__fsdp=1,
+        mesh__tensor=8,
+        model__name=str(tmp_path),
+        model__tokenizer="",
+        model__shape={},
+    )
+    mesh = make_mesh(config.mesh.to_dict(), devices_of(HERE))
+    stage = build_stage("rl", config, mesh, platform="cpu")
+    (rollout,) = plan_stage(stage, HERE, only=("rollout",))
+    # The largest thing that is exchanged is a prefill's hidden states.
+    hidden = 4 * (rows // 4) * 32 * width
+    assert max(one.largest for one in rollout.traffic) <= hidden
+    # A step's logits would be this much, and over all steps each kernel far more than is gathered.
+    logits = 4 * rows * vocab
+    gathered = [one for one in rollout.traffic if one.kind == "all-gather"]
+    assert all(one.largest < logits / 4 for one in gathered)
+    assert sum(one.payload for one in gathered) < tokens * logits / 2
+    # Behind attention and behind the MLP of each layer, rows meet in a sum.
+    sums = sum(one.count for one in rollout.traffic if one.kind == "all-reduce")
+    assert sums >= tokens * layers * 2
+
+
+def test_a_plan_of_stages_that_build_on_each_other() -> None:
+    stages = {name: small(name) for name in ("rft", "rl")}
+    stages["rl"].model.name = "{workdir}/rft/model"
+    stages["rl"].model.shape = ConfigDict()
+    stages["rl"].model.tokenizer = ""
+    found = stage_configs(spct.default_config(**stages))
+    assert found["rl"].model.shape.to_dict() == SHAPE
+    assert found["rl"].model.tokenizer == "nano"
+    stages["rl"].model.name = "{workdir}/other/model"
+    with pytest.raises(UsageError, match="no stage of the configuration leaves"):
+        stage_configs(spct.default_config(**stages))
+
+
+def test_gpus_are_planned_on_paper() -> None:
+    report = plan(small("rl"), parse_topology("h100:8"), search=False)
+    assert report.fits
+    (stage,) = report.stages
+    for program in stage.programs:
+        assert program.method == "analytic"
+        assert program.flops == program.analytic_flops
+        assert program.bound.seconds > 0
+    held = 4 * parameters(vocabulary(), 4, 2)
+    # Beside a reference in bfloat16; products too are of two bytes there.
+    assert stage.state == 3 * held + held // 2 + 28
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5x:4x4x8", "no chip 'v5x' among v4, v5e, .*; did you mean"),
+        ("v5p:4x4", "v5p has 3 axes of at least 1, as in v5p:4x4x8"),
+        ("v5p", "write v5p:AxBxC as in v5p:4x4x8"),
+        ("v5e:16x32", "a slice of v5e has at most 256 chips"),
+        ("h100:8*2", "only TPUs have slices"),
+        ("cpu:0", "cpu has 1 axes of at least 1"),
+    ],
+)
+def test_topologies_that_are_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_topology(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_topologies() -> None:
+    slices = parse_topology("v5e:16x16*2")
+    assert (slices.chips, slices.slices, slices.reach) == (512, 2, 256)
+    assert parse_topology("h100:64").reach == 8
+    assert {"v4", "v5e", "v5p", "v6e", "a100", "h100", "h200", "b200"} < set(CHIPS)
+    with pytest.raises(UsageError, match="JAX was started with 8 devices"):
+        devices_of(parse_topology("cpu:9"))
+
+
+def test_what_compilers_complain_of() -> None:
+    said = "Ran out of memory in memory space hbm. Used 105.52G of 95.74G hbm. Exceeded by 9.78G."
+    assert needed_bytes(said) == int(105.52 * 2**30)
+    assert needed_bytes("INTERNAL: something else") is None
+
+
+def test_changes_from_the_nearest_on() -> None:
+    config = small("rl", batch__rows=64, batch__accumulate=4)
+    found = list(candidates(config, held_fits=True))
+    assert found[0] == {"batch.accumulate": 8}
+    assert {"model.remat": True} in found
+    assert found[-1]["mesh.tensor"] == 16
+    # What is in memory throughout follows from the mesh alone.
+    assert all("mesh.tensor" in change for change in candidates(config, held_fits=False))
+
+
+def test_a_change_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chip whose memory is between what one micro-batch takes and what two take."""
+    config = small("rft", batch__accumulate=1, batch__rows=64, data__length=256)
+    peaks = {parts: planned(_with(config, parts)).programs[0].total for parts in (1, 2)}
+    assert peaks[2] < peaks[1]
+    chip = dataclasses.replace(HERE.chip, memory=(peaks[1] + peaks[2]) / 2)
+    report: Report = plan(config, dataclasses.replace(HERE, chip=chip))
+    assert not report.fits
+    change = report.stages[0].change
+    assert change is not None
+    assert change.overrides == ("--config.batch.accumulate=2",)
+    assert change.total == peaks[2]
+    # With less than its parameters take, nothing helps, and the least number of chips is named.
+    poor = dataclasses.replace(HERE.chip, memory=report.stages[0].state / 4)
+    (stage,) = plan(config, dataclasses.replace(HERE, chip=poor)).stages
+    assert stage.change is None
+    assert "need more than" in stage.note
+
+
+def _with(config: ConfigDict, parts: int) -> ConfigDict:
+    changed = ConfigDict(config.to_dict())
+    changed.batch.accumulate = parts
+    return changed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_slice_of_tpus(tmp_path: Path) -> None:
+    """In a process of its own, as libtpu reads its environment once."""
+    program = (
+        "from grm_jax.plan import plan, parse_topology\n"
+        "from tests.plan.small import small\n"
+        "import json\n"
+        "report = plan(small('rl'), parse_topology('v5p:2x2x2'), search=False)\n"
+        "print(json.dumps(report.to_dict()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["fits"] is True
+    assert report["chips"] == 8
+    programs = report["stages"][0]["programs"]
+    assert [program["method"] for program in programs] == ["compiled"] * 3
+    assert all(jnp.isfinite(program["bound"]["seconds"]) for program in programs)
