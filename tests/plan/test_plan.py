@@ -276,6 +276,7 @@ def test_changes_from_the_nearest_on() -> None:
     assert all("mesh.tensor" in change for change in candidates(config, held_fits=False))
 
 
+@pytest.mark.slow
 def test_a_change_that_fits_is_found() -> None:
     """On chips whose memory is a byte too small for one micro-batch."""
     config = small("rft", batch__accumulate=1)
