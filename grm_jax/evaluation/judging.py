@@ -100,8 +100,6 @@ def check_judge(
     if kind in ("bt", "pairwise", "cloud") and adapter is not None:
         raise UsageError(f"a {kind} judge is a classifier, which has no adapter; merge it first")
     if kind == "cloud" and critic is None:
-        raise UsageError(
-            "a cloud judge needs --critic, the model that writes critiques, and no other does"
-        )
+        raise UsageError("--critic names the model that writes critiques: a cloud judge needs it")
     if kind != "grm" and settings["adaptive"] is not False:
         raise UsageError(f"--adaptive is of generative reward models; a {kind} judge has none")

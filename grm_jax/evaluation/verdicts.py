@@ -193,7 +193,7 @@ def concluded(
     )
     if not votes:
         return judgement
-    totals = np.sum(votes, axis=0, dtype=np.float64).round(6)
+    totals: np.ndarray = np.round(np.sum(np.asarray(votes, np.float64), axis=0), 6)
     key = record_key(seed, comparison.id)
     ranking, tied = jax.device_get((rank(totals, count, key), tied_for_best(totals, count)))
     return replace(

@@ -24,6 +24,7 @@ def test_configurations_survive_json(name: str) -> None:
     assert config_from_json(json.loads(json.dumps(config_to_json(config))), name) == config
 
 
+@pytest.mark.slow
 def test_restored_onto_another_mesh(tmp_path: Path) -> None:
     config = CONFIGS["deepseek_v3"]
     params = random_params(config)

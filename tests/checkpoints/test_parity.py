@@ -130,7 +130,10 @@ def test_log_probabilities_are_those_of_the_reference(
     np.testing.assert_array_equal(found.argmax(axis=-1), wanted.argmax(axis=-1))
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize(
+    "name",
+    ["prose", *(pytest.param(name, marks=pytest.mark.slow) for name in PROMPTS if name != "prose")],
+)
 def test_decoding_with_a_cache_equals_one_pass(model: Model, name: str) -> None:
     tokens = model.prompts[name]
     cut = len(tokens) - CACHED

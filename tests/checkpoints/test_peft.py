@@ -60,7 +60,10 @@ def adapted(folder: Path, targets: tuple[str, ...]) -> tuple[DecoderConfig, Para
     return config, join_lora(adapters, base)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "qwen2")],
+)
 def test_adapters_that_are_written_load_in_peft(name: str, tmp_path: Path) -> None:
     model = hub.write(name, tmp_path / "base")
     config, params = adapted(tmp_path / "base", CASES[name])

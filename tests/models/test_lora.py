@@ -90,7 +90,7 @@ def adapted(name: str, targets: tuple[str, ...] | None = None) -> tuple[DecoderC
     return config, join_lora(adapters, rest)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("deepseek_v2", marks=pytest.mark.slow)])
 def test_fresh_adapters_change_nothing(name: str) -> None:
     config, params, wanted = base(name)
     lora = Lora(rank=3, alpha=5.0, targets=lora_targets(config))
@@ -104,7 +104,10 @@ def test_fresh_adapters_change_nothing(name: str) -> None:
         assert bool((leaf != 0).all()) == path[-1].endswith("lora_a"), path
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "qwen2")],
+)
 def test_merged_equals_applied_and_off_equals_base(name: str) -> None:
     _, _, plain = base(name)
     config, params = adapted(name)
@@ -150,6 +153,7 @@ def test_each_target_alone_matters_and_only_it_is_added(name: str) -> None:
             )
 
 
+@pytest.mark.slow
 def test_adapters_on_a_mesh() -> None:
     config, params = adapted("deepseek_v2")
     mesh = make_mesh({"fsdp": 2, "tensor": 2, "expert": 2})
@@ -220,7 +224,7 @@ def test_error_is_within_half_a_step_of_each_block(quantization: Any, worst: flo
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["qwen2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_quantised_decoders(name: str, quantization: Any) -> None:
     config, params, wanted = base(name)
     small_config, small = quantise_params(config, params, quantization)

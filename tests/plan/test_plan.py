@@ -151,7 +151,8 @@ def test_flops_of_remat_adapters_and_windows() -> None:
     }
     config = small("rft", model__remat=True, model__shape=shape, mesh__fsdp=8, mesh__tensor=1)
     (update,) = planned(config).programs
-    assert update.flops == pytest.approx(update.analytic_flops, rel=0.02)
+    # Whether a layer that is computed again takes its scores from there is the compiler's choice.
+    assert update.flops == pytest.approx(update.analytic_flops, rel=0.03)
 
 
 def test_training_gathers_each_layer_by_itself(learning: StageReport) -> None:
@@ -276,6 +277,7 @@ def test_changes_from_the_nearest_on() -> None:
     assert all("mesh.tensor" in change for change in candidates(config, held_fits=False))
 
 
+@pytest.mark.slow
 def test_a_change_that_fits_is_found() -> None:
     """On chips whose memory is a byte too small for one micro-batch."""
     config = small("rft", batch__accumulate=1)

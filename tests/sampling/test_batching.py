@@ -16,7 +16,9 @@ from grm_jax.sampling.batching import JudgeSampler, PromptJob, SamplingSettings,
 TURNS = [{"role": "user", "content": "2+2?"}]
 
 
-@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 8}])
+@pytest.mark.parametrize(
+    "shape", [pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow), {"data": 8}]
+)
 def test_a_judge_on_a_mesh(tiny_grm: GRM, shape: dict[str, int]) -> None:
     """Sharded parameters write what those of one device write."""
     mesh = make_mesh(shape)

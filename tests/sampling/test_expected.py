@@ -170,6 +170,7 @@ def test_texts_that_are_read_together_are_read_alike(tiny_grm: GRM) -> None:
         assert np.abs(one - other).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_experts_and_latent_attention(tiny_grm: GRM, at_once: int) -> None:
     """Families whose cache has another form."""
@@ -198,6 +199,7 @@ def test_experts_and_latent_attention(tiny_grm: GRM, at_once: int) -> None:
     assert np.abs(found - exhaustive(grm, prompt, text, 2, low=1, high=10)).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_judge_on_a_mesh(tiny_grm: GRM) -> None:
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     config = tiny_grm.config

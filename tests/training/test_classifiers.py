@@ -147,6 +147,7 @@ def course(one: Learner, longest: list[int]) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does_and_buckets_are_programs() -> None:
     lengths = [100, 110, 110, 160]
     one = learner(make_mesh({}, jax.devices()[:1]), preferred())

@@ -305,6 +305,7 @@ def test_nothing_left_to_learn(folder: Path, tmp_path: Path) -> None:
         rft.run(settings(folder, sampler__files=(str(tmp_path / "a.jsonl"),)), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_program_goes_on(folder: Path, finished: Finished, tmp_path: Path) -> None:
     changed = settings(folder).to_dict()
     (tmp_path / "c.py").write_text(
