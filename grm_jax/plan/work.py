@@ -133,7 +133,7 @@ def _pass_flops(config: DecoderConfig, one: Pass, kind: Kind) -> float:
         each += forwards * again + pairs * config.num_heads * (4 * key + 3 * value)
     else:
         # Scores are kept by nobody: the gradient takes them, and what they weigh, once more.
-        each += forwards * (1 + 1 + 2)
+        each += forwards * (again + 1 + 2)
     each += logits * (2 + _backward(config))
     return 2.0 * one.rows * each
 

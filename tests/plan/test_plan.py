@@ -151,8 +151,7 @@ def test_flops_of_remat_adapters_and_windows() -> None:
     }
     config = small("rft", model__remat=True, model__shape=shape, mesh__fsdp=8, mesh__tensor=1)
     (update,) = planned(config).programs
-    # Whether a layer that is computed again takes its scores from there is the compiler's choice.
-    assert update.flops == pytest.approx(update.analytic_flops, rel=0.03)
+    assert update.flops == pytest.approx(update.analytic_flops, rel=0.02)
 
 
 def test_training_gathers_each_layer_by_itself(learning: StageReport) -> None:
