@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,3 +295,37 @@ def test_an_output_of_another_input_is_refused(judge: Call, three: Path, tmp_pat
     outcome = judge(write(tmp_path / "other.jsonl", record("z")), "--output", output)
     assert outcome.status == 2
     assert "it has 'a' where this one has 'z'" in outcome.err
+
+
+FAULTS = """
+import ctypes, resource
+from grm_jax.cli.main import keep_freed_memory
+
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.malloc.argtypes = [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(2):
+        block = library.malloc(64 << 20)
+        ctypes.memset(block, 1, 64 << 20)
+        library.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+kept = keep_freed_memory()
+faults()
+print(int(kept), before, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about the C library of Linux")
+def test_memory_that_was_freed_is_not_fetched_anew() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    kept, before, after = map(int, done.stdout.split())
+    if kept:  # Other C libraries than glibc have no such setting.
+        assert after < before / 10
