@@ -18,6 +18,7 @@ from grm_jax.data import (
     Judgement,
     Sample,
     from_record,
+    turns,
 )
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, merge_lora
@@ -472,7 +473,7 @@ def _meta_rewards(
     model: MetaModel, comparison: Comparison, drawn: Mapping[int, Sample]
 ) -> dict[int, float]:
     """The meta reward of each sample of a record, by the sample's number."""
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
+    messages = turns(comparison)
     read = [
         model.tokens(messages, [comparison.responses[i] for i in sample.order], sample.text)
         for sample in drawn.values()

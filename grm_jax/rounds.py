@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from grm_jax.data import BadRecord, Comparison, PointwiseLabel, best_index
+from grm_jax.data import BadRecord, Comparison, PointwiseLabel, best_index, turns
 from grm_jax.errors import UsageError
 from grm_jax.prompts import Template, encode_chat, render
 from grm_jax.rewards import flip_chance, looks
@@ -158,7 +158,7 @@ def _prompt(
     """The tokens of a comparison with its responses in an order."""
     chat = render(
         template,
-        [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages],
+        turns(comparison),
         [comparison.responses[i] for i in order],
         hint=_hint(comparison, order) if hinted else None,
     )

@@ -18,6 +18,7 @@ from grm_jax.data.comparison import (
     from_record,
     read_comparisons,
     to_record,
+    turns,
 )
 from grm_jax.data.judgement import Judgement, Sample
 from grm_jax.data.output import LineWriter, provenance, to_line
@@ -40,4 +41,5 @@ __all__ = [
     "read_comparisons",
     "to_line",
     "to_record",
+    "turns",
 ]

@@ -117,6 +117,11 @@ def best_index(comparison: Comparison) -> int | None:
             assert_never(label)
 
 
+def turns(comparison: Comparison) -> list[dict[str, str]]:
+    """The conversation in the form that templates take."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
+
+
 def from_record(record: object, *, default_id: str | None = None) -> Comparison:
     """Builds a comparison from a parsed JSON object, checking every field.
 

@@ -21,7 +21,7 @@ from typing import final
 import numpy as np
 
 from grm_jax.completion import complete
-from grm_jax.data import Comparison, Judgement, Sample
+from grm_jax.data import Comparison, Judgement, Sample, turns
 from grm_jax.errors import UsageError
 from grm_jax.evaluation.verdicts import concluded
 from grm_jax.judge import GRM
@@ -29,7 +29,6 @@ from grm_jax.models import DecoderConfig
 from grm_jax.prompts import render
 from grm_jax.sampling import MetaModel
 from grm_jax.training.bt import response_tokens
-from grm_jax.training.comparisons import turns
 from grm_jax.training.pairwise import pair_tokens
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from grm_jax.data import turns
 from grm_jax.prompts import Tokenizer, encode_chat
 from grm_jax.training.classifiers import preferred
-from grm_jax.training.comparisons import turns
 from grm_jax.training.config import Settings
 from grm_jax.training.pairs import Pair, pair_config, train_on_pairs
 

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grm_jax.data import Comparison
+from grm_jax.data import Comparison, turns
 from grm_jax.errors import UsageError
 from grm_jax.prompts import Tokenizer, load_template
 from grm_jax.sampling import judged_tokens
 from grm_jax.training.classifiers import preferred
-from grm_jax.training.comparisons import turns
 from grm_jax.training.config import Settings
 from grm_jax.training.pairs import Pair, pair_config, train_on_pairs
 

@@ -81,11 +81,6 @@ def all_comparisons(sources: Sequence[Source[Comparison]]) -> list[Comparison]:
     return list(found.values())
 
 
-def turns(comparison: Comparison) -> list[dict[str, str]]:
-    """The conversation in the form that templates take."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in comparison.messages]
-
-
 def open_records(name: str, workdir: Path) -> RandomAccess[Comparison]:
     """Opens one of the names of `data.comparisons`; see `comparison_data`.
 

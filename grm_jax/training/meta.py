@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from grm_jax.data import BadRecord, Comparison
+from grm_jax.data import BadRecord, Comparison, turns
 from grm_jax.data.pipeline import Mapped, Source
 from grm_jax.data.trajectories import Trajectory
 from grm_jax.distributed import make_mesh
@@ -41,7 +41,6 @@ from grm_jax.training.comparisons import (
     all_comparisons,
     comparison_data,
     comparison_sources,
-    turns,
 )
 from grm_jax.training.config import Settings, base_config
 from grm_jax.training.heldout import evenly, is_held_out

@@ -29,7 +29,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from grm_jax.data import BadRecord, Comparison
+from grm_jax.data import BadRecord, Comparison, turns
 from grm_jax.data.packing import TokenSequence
 from grm_jax.data.pipeline import Mapped, Source
 from grm_jax.data.trajectories import Trajectory
@@ -42,7 +42,6 @@ from grm_jax.training.comparisons import (
     all_comparisons,
     comparison_data,
     comparison_sources,
-    turns,
 )
 from grm_jax.training.config import Settings, changed_key
 from grm_jax.training.examples import ExampleFile, example_tokens

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grm_jax import grammar
-from grm_jax.data import Comparison, PointwiseLabel, best_index
+from grm_jax.data import Comparison, PointwiseLabel, best_index, turns
 from grm_jax.data.packing import pad_prompts
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, abstract_params, cpu_decoder
@@ -32,7 +32,6 @@ from grm_jax.rewards import (
 )
 from grm_jax.sampling import Controls, decode, prefill, response_orders
 from grm_jax.sampling.scheduling import LENGTHS, bucket
-from grm_jax.training.comparisons import turns
 from grm_jax.training.groups import overlong_penalty
 
 
