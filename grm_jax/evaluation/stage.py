@@ -104,8 +104,8 @@ def run(settings: Settings, workdir: Path) -> bool:
     for name, path in models.items():
         grm = GRM.from_pretrained(path, adapter=adapters.get(name))
         file = workdir / f"greedy_{name}.jsonl"
-        common["constrain"] = name in constrained
-        judged = _judge(name, grm, comparisons, file, {**common, "samples": 1, "temperature": 0.0})
+        how = {**common, "constrain": name in constrained}
+        judged = _judge(name, grm, comparisons, file, {**how, "samples": 1, "temperature": 0.0})
         right = _right(judged)
         interval = bootstrap_mean(right, seed=seed)
         found["greedy"][name] = {
@@ -118,7 +118,7 @@ def run(settings: Settings, workdir: Path) -> bool:
             meta = None
             if meta_name:
                 meta = GRM.meta_model(meta_name, template=meta_template)
-            sampled = {**common, "samples": samples, "temperature": temperature}
+            sampled = {**how, "samples": samples, "temperature": temperature}
             votes = _judge(name, grm, comparisons, workdir / "sampled.jsonl", sampled, meta)
             arrays = (votes.scores, votes.valid, votes.right, votes.counts)
             found["curves"]["vote"] = scaling_curve(*arrays, ks=ks, seed=seed)

@@ -34,7 +34,7 @@ from grm_jax.training.classifiers import (
 )
 from grm_jax.training.config import Settings
 from grm_jax.training.grpo import make_programs
-from grm_jax.training.learner import check_rows
+from grm_jax.training.learner import Learner, check_rows
 from grm_jax.training.model import NANO, Model, decoder_of_shape, place_model
 from grm_jax.training.rollouts import Tasks
 
@@ -227,28 +227,9 @@ def _sequences(name: str, settings: Settings, mesh: Mesh, model: Model) -> Stage
         positions=put(jnp.int32),  # type: ignore[arg-type]
         loss_mask=put(jnp.bool_),  # type: ignore[arg-type]
     )
-    update = Program(
-        name="update",
-        function=learner.step,
-        arguments=(learner.target, batch),
-        held=(0,),
-        turns=1,
-        tokens=rows * length,
-        work=Work((Pass(rows=rows, length=length, learns=True, logits=True),)),
-    )
-    return Stage(
-        name=name,
-        kind=str(settings["stage"]),
-        mesh=mesh,
-        config=model.config,
-        params=model.params,
-        frozen=model.frozen,
-        accumulate=learner.accumulate,
-        chunk=settings.at_least("vocab_chunk", 1),
-        held=(learner.target,),
-        steps=(lambda _: update,),
-        here=learner.here,
-    )
+    work = Pass(rows=rows, length=length, learns=True, logits=True)
+    chunk = settings.at_least("vocab_chunk", 1)
+    return _updates(name, settings, mesh, model, learner, batch, work, chunk=chunk)
 
 
 def _classifier(name: str, settings: Settings, mesh: Mesh, model: Model) -> Stage:
@@ -272,14 +253,30 @@ def _classifier(name: str, settings: Settings, mesh: Mesh, model: Model) -> Stag
         labels=put(jnp.float32, each),
         mask=put(jnp.bool_),
     )
+    work = Pass(rows=groups * each, length=length, learns=True)
+    return _updates(name, settings, mesh, model, learner, batch, work, chunk=1)
+
+
+def _updates(
+    name: str,
+    settings: Settings,
+    mesh: Mesh,
+    model: Model,
+    learner: Learner,
+    batch: Any,
+    work: Pass,
+    *,
+    chunk: int,
+) -> Stage:
+    """A stage whose steps are one update each."""
     update = Program(
         name="update",
         function=learner.step,
         arguments=(learner.target, batch),
         held=(0,),
         turns=1,
-        tokens=groups * each * length,
-        work=Work((Pass(rows=groups * each, length=length, learns=True),)),
+        tokens=work.rows * work.length,
+        work=Work((work,)),
     )
     return Stage(
         name=name,
@@ -289,7 +286,7 @@ def _classifier(name: str, settings: Settings, mesh: Mesh, model: Model) -> Stag
         params=model.params,
         frozen=model.frozen,
         accumulate=learner.accumulate,
-        chunk=1,
+        chunk=chunk,
         held=(learner.target,),
         steps=(lambda _: update,),
         here=learner.here,
