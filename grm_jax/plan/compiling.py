@@ -11,13 +11,14 @@ from typing import Any
 import jax
 
 from grm_jax.errors import UsageError
-from grm_jax.plan import hlo
 from grm_jax.plan.chips import GIB, Topology
+from grm_jax.plan.costs import Cost, program_cost
+from grm_jax.plan.hlo import Array, Instruction
 from grm_jax.plan.paper import count_on_paper
-from grm_jax.plan.report import Memory, ProgramReport, traffic_of
-from grm_jax.plan.sizes import argument_bytes, bound_of, held_bytes
+from grm_jax.plan.report import Memory, ProgramReport
+from grm_jax.plan.sizes import argument_bytes, held_bytes, report_of
 from grm_jax.plan.stages import Program, Stage, assumed_outputs
-from grm_jax.plan.work import flops, kernel_flops, model_flops
+from grm_jax.plan.work import kernel_flops
 
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 # Of a program for CPUs that will not run, only what comes before machine code is of interest.
@@ -97,21 +98,9 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
         beside=beside,
         capacity=int(topology.chip.memory),
     )
-    report = ProgramReport(
-        name=program.name,
-        method="compiled",
-        memory=memory,
-        needs=None,
-        flops=cost.flops,
-        analytic_flops=flops(stage.config, program.work, topology.chip.kind) / topology.chips,
-        model_flops=model_flops(stage.config, program.work) / topology.chips,
-        moved=cost.moved,
-        traffic=traffic_of(cost),
-        bound=bound_of(cost, topology),
-        tokens=program.tokens,
-        times=program.times,
-        loops=program.turns if cost.unknown else 0,
-        seconds=seconds,
+    loops = program.turns if cost.unknown else 0
+    report = report_of(
+        program, stage, topology, cost, memory, method="compiled", loops=loops, seconds=seconds
     )
     outputs = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -137,11 +126,11 @@ def text_of(compiled: Any) -> str:
         ) from error
 
 
-def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> hlo.Cost:
+def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> Cost:
     """The cost of a compiled module's text on a topology's chips."""
     size = math.prod(topology.shape)
 
-    def in_kernel(call: hlo.Instruction, operands: Sequence[hlo.Array]) -> float:
+    def in_kernel(call: Instruction, operands: Sequence[Array]) -> float:
         # What is before and behind them says which tokens see which, in integers.
         wide = [array.shape for array in operands if array.dtype in ("bf16", "f32")]
         if not wide:
@@ -150,7 +139,7 @@ def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> 
         values = wide[2] if len(wide) > 2 else wide[-1]
         return kernel_flops(stage.config, call.name, call.attributes, wide[0], values)
 
-    return hlo.program_cost(
+    return program_cost(
         text,
         turns=program.turns,
         slice_of=lambda chip: chip // size,

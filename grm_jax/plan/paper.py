@@ -12,11 +12,11 @@ import jax
 
 from grm_jax.models import DecoderConfig
 from grm_jax.plan.chips import Topology
-from grm_jax.plan.hlo import Collective, Cost, Traffic
-from grm_jax.plan.report import Memory, ProgramReport, traffic_of
-from grm_jax.plan.sizes import Arguments, bound_of, shard_bytes
+from grm_jax.plan.costs import Collective, Cost, Traffic
+from grm_jax.plan.report import Memory, ProgramReport
+from grm_jax.plan.sizes import Arguments, report_of, shard_bytes
 from grm_jax.plan.stages import Program, Stage
-from grm_jax.plan.work import Decoded, Pass, flops, model_flops
+from grm_jax.plan.work import Decoded, Pass, flops
 
 
 @final
@@ -80,29 +80,18 @@ def count_on_paper(
     # A step gives a state in the place of the one that it takes.
     learns = any(one.learns for one in program.work.passes)
     outputs = arguments.held if learns else 0
-    return ProgramReport(
-        name=program.name,
-        method="analytic",
-        memory=Memory(
-            arguments=arguments.used,
-            outputs=outputs,
-            aliased=outputs,
-            temporaries=int(_temporaries(shape, program)),
-            code=0,
-            beside=beside,
-            capacity=int(topology.chip.memory),
-        ),
-        needs=needs,
-        flops=cost.flops,
-        analytic_flops=cost.flops,
-        model_flops=model_flops(stage.config, program.work) / topology.chips,
-        moved=cost.moved,
-        traffic=traffic_of(cost),
-        bound=bound_of(cost, topology),
-        tokens=program.tokens,
-        times=program.times,
-        loops=program.turns if program.turns > 1 else 0,
-        seconds=0.0,
+    memory = Memory(
+        arguments=arguments.used,
+        outputs=outputs,
+        aliased=outputs,
+        temporaries=int(_temporaries(shape, program)),
+        code=0,
+        beside=beside,
+        capacity=int(topology.chip.memory),
+    )
+    loops = program.turns if program.turns > 1 else 0
+    return report_of(
+        program, stage, topology, cost, memory, method="analytic", loops=loops, needs=needs
     )
 
 

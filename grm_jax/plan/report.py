@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal, final
 
 from grm_jax.plan.chips import Topology
-from grm_jax.plan.hlo import Cost
+from grm_jax.plan.costs import Cost
 
 Method = Literal["compiled", "analytic"]
 Term = Literal["compute", "memory", "links", "network"]

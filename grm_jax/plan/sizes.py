@@ -1,4 +1,4 @@
-"""Bytes of shards, and the least time that a cost takes."""
+"""Bytes of shards, and the report of a program whose cost is known."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,9 +8,10 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from grm_jax.plan.chips import Topology
-from grm_jax.plan.hlo import Cost
-from grm_jax.plan.report import Bound
-from grm_jax.plan.stages import Program
+from grm_jax.plan.costs import Cost
+from grm_jax.plan.report import Bound, Memory, Method, ProgramReport, traffic_of
+from grm_jax.plan.stages import Program, Stage
+from grm_jax.plan.work import flops, model_flops
 
 
 class Arguments(NamedTuple):
@@ -66,4 +67,47 @@ def bound_of(cost: Cost, topology: Topology) -> Bound:
         memory=cost.moved / chip.speed,
         links=near / chip.link,
         network=far / chip.network,
+    )
+
+
+def report_of(
+    program: Program,
+    stage: Stage,
+    topology: Topology,
+    cost: Cost,
+    memory: Memory,
+    *,
+    method: Method,
+    loops: int,
+    needs: int | None = None,
+    seconds: float = 0.0,
+) -> ProgramReport:
+    """What a program costs, beside what its work would cost by hand.
+
+    Args:
+      program: The program.
+      stage: Its stage.
+      topology: The chips.
+      cost: Of one chip.
+      memory: Of one chip.
+      method: Where both are from.
+      loops: How many turns loops were taken to have whose end depends on data.
+      needs: What a compiler says that a chip would have to hold, if it does not fit.
+      seconds: That compiling took.
+    """
+    return ProgramReport(
+        name=program.name,
+        method=method,
+        memory=memory,
+        needs=needs,
+        flops=cost.flops,
+        analytic_flops=flops(stage.config, program.work, topology.chip.kind) / topology.chips,
+        model_flops=model_flops(stage.config, program.work) / topology.chips,
+        moved=cost.moved,
+        traffic=traffic_of(cost),
+        bound=bound_of(cost, topology),
+        tokens=program.tokens,
+        times=program.times,
+        loops=loops,
+        seconds=seconds,
     )
