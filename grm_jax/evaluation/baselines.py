@@ -34,14 +34,17 @@ from grm_jax.training.pairwise import pair_tokens
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ScalarJudge:
-    """A scalar reward model, of the stage `bt`.
+class ClassifierJudge:
+    """A reward model that gives numbers and no critique, of the stage `bt` or `pairwise`.
 
     Attributes:
-      model: The classifier; its template is not used.
+      model: The classifier.
+      score: A number for each response, and how many tokens were read: `scalar_scores` or
+        `pairwise_scores`.
     """
 
     model: MetaModel
+    score: Callable[[MetaModel, Comparison], tuple[np.ndarray, int]]
 
     @property
     def config(self) -> DecoderConfig:
@@ -54,57 +57,54 @@ class ScalarJudge:
             yield _scored(self._judge, comparison, seed)
 
     def _judge(self, comparison: Comparison) -> "_Found":
-        read = [
-            response_tokens(self.model.tokenizer, turns(comparison), response)
-            for response in comparison.responses
-        ]
-        return _Found(samples=[_sample(_rewards(self.model, read))], prompts=sum(map(len, read)))
+        scores, tokens = self.score(self.model, comparison)
+        return _Found(samples=[_sample(scores)], prompts=tokens)
 
 
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PairwiseJudge:
-    """A pairwise reward model, of the stage `pairwise`.
+def scalar_scores(model: MetaModel, comparison: Comparison) -> tuple[np.ndarray, int]:
+    """The scalar of each response, by a model of the stage `bt`; its template is not used.
 
-    Attributes:
-      model: The classifier, with the template that shows it two responses.
+    Returns:
+      The scores, float64 of shape [responses], and the number of tokens that were read.
     """
+    read = [
+        response_tokens(model.tokenizer, turns(comparison), response)
+        for response in comparison.responses
+    ]
+    return _rewards(model, read), sum(map(len, read))
 
-    model: MetaModel
 
-    @property
-    def config(self) -> DecoderConfig:
-        """Of the decoder that costs are counted by."""
-        return self.model.config
+def pairwise_scores(model: MetaModel, comparison: Comparison) -> tuple[np.ndarray, int]:
+    """The mean chance of each response to beat another, by a model of the stage `pairwise`.
 
-    def judge_batch(self, comparisons: Iterable[Comparison], *, seed: int) -> Iterator[Judgement]:
-        """One judgement of one sample for each comparison, in order."""
-        for comparison in comparisons:
-            yield _scored(self._judge, comparison, seed)
+    Its template shows it two responses, in both orders.
 
-    def _judge(self, comparison: Comparison) -> "_Found":
-        count = len(comparison.responses)
-        if count < 2:
-            raise UsageError("a pairwise judge compares, and there is only one response")
-        pairs = list(itertools.permutations(range(count), 2))
-        read = [
-            pair_tokens(
-                self.model.tokenizer,
-                self.model.template,
-                turns(comparison),
-                comparison.responses[first],
-                comparison.responses[second],
-            )
-            for first, second in pairs
-        ]
-        chances = 0.5 * (1 + np.tanh(_rewards(self.model, read) / 2))
-        wins = np.zeros((count, count))
-        for (first, second), chance in zip(pairs, chances, strict=True):
-            wins[first, second] += chance / 2
-            wins[second, first] += (1 - chance) / 2
-        return _Found(
-            samples=[_sample(wins.sum(axis=1) / (count - 1))], prompts=sum(map(len, read))
+    Returns:
+      The scores, float64 of shape [responses], and the number of tokens that were read.
+
+    Raises:
+      UsageError: There is only one response.
+    """
+    count = len(comparison.responses)
+    if count < 2:
+        raise UsageError("a pairwise judge compares, and there is only one response")
+    pairs = list(itertools.permutations(range(count), 2))
+    read = [
+        pair_tokens(
+            model.tokenizer,
+            model.template,
+            turns(comparison),
+            comparison.responses[first],
+            comparison.responses[second],
         )
+        for first, second in pairs
+    ]
+    chances = 0.5 * (1 + np.tanh(_rewards(model, read) / 2))
+    wins = np.zeros((count, count))
+    for (first, second), chance in zip(pairs, chances, strict=True):
+        wins[first, second] += chance / 2
+        wins[second, first] += (1 - chance) / 2
+    return wins.sum(axis=1) / (count - 1), sum(map(len, read))
 
 
 @final

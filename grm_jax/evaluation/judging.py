@@ -72,7 +72,12 @@ def open_judge(
             found, samples=samples, orders=orders, seed=seed
         )
     # Imported here, as they share code with training, which is slow to import.
-    from grm_jax.evaluation.baselines import CriticJudge, PairwiseJudge, ScalarJudge
+    from grm_jax.evaluation.baselines import (
+        ClassifierJudge,
+        CriticJudge,
+        pairwise_scores,
+        scalar_scores,
+    )
 
     classifier = GRM.meta_model(model, template=_META)
     if kind == "cloud":
@@ -83,7 +88,8 @@ def open_judge(
             max_new_tokens=settings["max_new_tokens"],
         )
         return writer.config, lambda found: writer.judge_batch(found, samples=samples, seed=seed)
-    single = ScalarJudge(model=classifier) if kind == "bt" else PairwiseJudge(model=classifier)
+    score = scalar_scores if kind == "bt" else pairwise_scores
+    single = ClassifierJudge(model=classifier, score=score)
     return single.config, lambda found: single.judge_batch(found, seed=seed)
 
 

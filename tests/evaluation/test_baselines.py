@@ -10,7 +10,12 @@ import pytest
 
 from grm_jax import GRM
 from grm_jax.data import Comparison, from_record
-from grm_jax.evaluation.baselines import CriticJudge, PairwiseJudge, ScalarJudge
+from grm_jax.evaluation.baselines import (
+    ClassifierJudge,
+    CriticJudge,
+    pairwise_scores,
+    scalar_scores,
+)
 from grm_jax.evaluation.judged import judged_from_records
 from grm_jax.models import abstract_params
 from grm_jax.prompts import load_template
@@ -43,7 +48,7 @@ def model(tiny_grm: GRM) -> MetaModel:
 
 
 def test_a_scalar_judge_rates_each_response(model: MetaModel) -> None:
-    judge = ScalarJudge(model=model)
+    judge = ClassifierJudge(model=model, score=scalar_scores)
     good, long = judge.judge_batch([question("4", "5", "6"), question("4", "5" * 600)], seed=0)
     wanted = model.rewards([response_tokens(model.tokenizer, TURNS, text) for text in "456"])
     assert good.scores == pytest.approx(wanted.tolist(), abs=1e-5)
@@ -57,7 +62,7 @@ def test_a_scalar_judge_rates_each_response(model: MetaModel) -> None:
 
 
 def test_a_pairwise_judge_asks_in_both_orders(model: MetaModel) -> None:
-    judge = PairwiseJudge(model=model)
+    judge = ClassifierJudge(model=model, score=pairwise_scores)
     three, single = judge.judge_batch([question("4", "5", "6"), question("4")], seed=0)
 
     def chance(first: str, second: str) -> float:
