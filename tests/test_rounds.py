@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from grm_jax import GRM, Judgement, rounds
-from grm_jax.data import Comparison, from_record
 from grm_jax.errors import UsageError
 from grm_jax.prompts import load_template
 from grm_jax.rewards import flip_chance, looks
 from grm_jax.sampling.batching import PromptResult, SamplingSettings
+from tests.sums import questions
 
 SETTINGS: dict[str, Any] = {
     "samples": 12,
@@ -19,19 +19,6 @@ SETTINGS: dict[str, Any] = {
     "constrain": True,
     "orders": "balanced",
 }
-
-
-def questions(count: int) -> list[Comparison]:
-    return [
-        from_record(
-            {
-                "id": str(number),
-                "messages": [{"role": "user", "content": f"What is {number} + 1?"}],
-                "responses": [str(number + 1), f"It is {number}."],
-            }
-        )
-        for number in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")

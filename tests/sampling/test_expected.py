@@ -23,6 +23,7 @@ from grm_jax.models import (
 from grm_jax.prompts import Tokenizer
 from grm_jax.sampling import ScoreReader
 from grm_jax.sampling.expected import score_places
+from tests.sums import questions
 
 SETTINGS: dict[str, Any] = {"samples": 1, "max_new_tokens": 60, "constrain": True}
 MERGED = (b"10", b", ", b"}\n", b" 7", b"{3", b"1, 1")
@@ -210,19 +211,6 @@ def test_a_judge_on_a_mesh(tiny_grm: GRM) -> None:
     spread = dataclasses.replace(reader(tiny_grm), params=params, mesh=mesh)
     (found,) = spread.expected(prompt, [text], 2)
     assert found == pytest.approx(wanted, abs=1e-4)
-
-
-def questions(count: int) -> list[Any]:
-    return [
-        from_record(
-            {
-                "id": str(number),
-                "messages": [{"role": "user", "content": f"What is {number} + 1?"}],
-                "responses": [str(number + 1), f"It is {number}."],
-            }
-        )
-        for number in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
