@@ -40,9 +40,6 @@ from tests.training import scalar, tiny
 CONFIG = dataclasses.replace(tiny.CONFIG, num_labels=1, max_context=512)
 
 
-pytestmark = pytest.mark.usefixtures("hasty")
-
-
 # --- groups ---
 
 

@@ -15,8 +15,6 @@ from grm_jax.models.lora import is_adapter
 from grm_jax.training.model import HEAD, Model, open_model
 from tests.training import folder, tiny
 
-pytestmark = pytest.mark.usefixtures("hasty")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

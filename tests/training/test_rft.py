@@ -27,8 +27,6 @@ from tests.training.folder import write_examples, write_model, write_templates
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("hasty")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

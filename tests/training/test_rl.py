@@ -16,8 +16,6 @@ from grm_jax.training.config import Settings
 from tests.training.changes import changed
 from tests.training.folder import write_comparisons, write_model
 
-pytestmark = pytest.mark.usefixtures("hasty")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,8 +24,6 @@ from grm_jax.training.rollouts import (
 )
 from tests.training import tiny
 
-pytestmark = pytest.mark.usefixtures("hasty")
-
 TOKENIZER = nano_tokenizer()
 SETTINGS = RolloutSettings(group=2, temperature=0.7, max_new_tokens=10, low=1, high=10)
 MAKER = TaskMaker(
