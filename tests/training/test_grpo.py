@@ -179,6 +179,11 @@ def test_a_short_batch_is_filled_up(rounds: int, tasks: int, answers: list[list[
     assert rounds == 1 or float(found.metrics["rounds"]) == len(answers)
 
 
+# Near the size of the gradients: Adam's first step is otherwise of their signs alone, and where one
+# is nearly 0, rounding decides.
+EPSILON = 1e-3
+
+
 def torch_step(folder: Path, batch: Experience, beta: float, rate: float) -> dict[str, np.ndarray]:
     """One update by PyTorch: eq 15 written out, with the clip and the divergence, and AdamW."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -198,7 +203,7 @@ def torch_step(folder: Path, batch: Experience, beta: float, rate: float) -> dic
     rows = mask.any(-1)
     loss = ((per_token.sum(-1) / mask.sum(-1).clamp(min=1))[rows]).mean()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+        model.parameters(), lr=rate, betas=(0.9, 0.95), eps=EPSILON, weight_decay=0.0
     )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -227,7 +232,7 @@ def test_a_whole_step_equals_that_of_pytorch(tmp_path: Path) -> None:
     learner = make_learner(
         make_loss(tiny.CONFIG, mesh, settings, chunk=16),
         lambda batch: loss_denominator(batch.mask.reshape(-1, 12), aggregate="sequence"),
-        make_optimizer(tiny.settings(optimizer__learning_rate=1e-2)),
+        make_optimizer(tiny.settings(optimizer__learning_rate=1e-2, optimizer__eps=EPSILON)),
         params=tiny.placed(tiny.CONFIG, mesh),
         frozen={},
         mesh=mesh,
@@ -243,4 +248,4 @@ def test_a_whole_step_equals_that_of_pytorch(tmp_path: Path) -> None:
     theirs = torch_step(tmp_path / "before", batch, 0.1, 1e-2)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name].detach().numpy(), value, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(ours[name].detach().numpy(), value, atol=1e-5, err_msg=name)
