@@ -1,7 +1,7 @@
 """Best of n: a judge picks the best of a policy's answers.
 
-    python examples/best_of_n.py                        # a judge of known quality, to see the law
-    python examples/best_of_n.py --model smollm2-135m   # a real one, on the answers below
+    python -m examples.best_of_n                        # a judge of known quality, to see the law
+    python -m examples.best_of_n --model smollm2-135m   # a real one, on the answers below
 
 The first form needs no model: answers have a true quality drawn from a normal distribution, and the
 judge sees it through noise of a known size. If its view correlates with the truth by `r`, picking

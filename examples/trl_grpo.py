@@ -1,7 +1,7 @@
 """GRPO with TRL's trainer on a tiny policy, with a judge as the only reward.
 
-    pip install 'grm_jax[peers]' && python examples/trl_grpo.py            # a rule judges: seconds
-    python examples/trl_grpo.py --model smollm2-135m --steps 3             # a real judge: minutes
+    pip install 'grm_jax[peers]' && python -m examples.trl_grpo            # a rule judges: seconds
+    python -m examples.trl_grpo --model smollm2-135m --steps 3             # a real judge: minutes
 
 The policy is a transformer of random weights over digits, so it learns from the reward or not at
 all. Without a model, the judge is a rule in the place of one, which gives an answer a point for
@@ -11,7 +11,7 @@ step is printed; the true score is the share of 7 among all digits.
 
 import argparse
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -19,30 +19,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.sevens import DIGITS, LikesSevens, true_score
 from grm_jax import GRM
 from grm_jax.adapters import Scorer, trl
 from grm_jax.adapters.scoring import Judge
-from grm_jax.data import Comparison, Judgement, Sample
-
-DIGITS = "0123456789"
-
-
-class LikesSevens:
-    """Judges by a rule: a point for each 7, from 1 to 10."""
-
-    def judge_batch(
-        self, comparisons: Iterable[Comparison], /, *args: Any, **settings: Any
-    ) -> Iterator[Judgement]:
-        """One judgement for each comparison."""
-        for comparison in comparisons:
-            scores = tuple(min(10, 1 + text.count("7")) for text in comparison.responses)
-            order = tuple(range(len(scores)))
-            ranking = tuple(sorted(order, key=lambda index: -scores[index]))
-            sample = Sample(order=order, scores=scores, meta=None, text="sevens", finish="stop")
-            yield Judgement(
-                id=comparison.id, scores=scores, ranking=ranking, best=ranking[0],
-                tied=ranking[:1], valid_samples=1, samples=(sample,),
-            )  # fmt: skip
 
 
 def digit_tokenizer() -> PreTrainedTokenizerFast:
@@ -65,12 +45,6 @@ def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             bos_token_id=None, tie_word_embeddings=True,
         )
     )  # fmt: skip
-
-
-def true_score(answers: Sequence[str]) -> float:
-    """The share of sevens among all digits."""
-    text = "".join(answers)
-    return text.count("7") / max(1, sum(char in DIGITS for char in text))
 
 
 def held_out(trainer: GRPOTrainer, tokenizer: PreTrainedTokenizerFast, count: int = 64) -> float:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from grm_jax import grammar
 from grm_jax.data import Comparison, PointwiseLabel, best_index, turns
@@ -199,8 +200,106 @@ class RolloutSettings:
             )
 
 
+class Completed(NamedTuple):
+    """G completions of each of B prompts; see `Rolled`.
+
+    Attributes:
+      written: `i32[B, G, T]`, what was generated, without the prompt.
+      tokens: `i32[B, G, S]`.
+      lengths: `i32[B, G]`.
+      stopped: `bool[B, G]`.
+      sampler_logprobs: `f32[B, G, S]`.
+    """
+
+    written: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+    sampler_logprobs: jax.Array
+
+
+Completer = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, jax.Array], Completed]
+"""`completer(params, tokens i32[B, P], lengths i32[B], active bool[B], key) -> completed`."""
+
 Sampler = Callable[[Params, Tasks, jax.Array], Rolled]
 """`sampler(params, tasks, key) -> rolled`, to be jitted."""
+
+
+def make_completer(
+    config: DecoderConfig,
+    mesh: Mesh,
+    *,
+    eos_ids: tuple[int, ...],
+    group: int,
+    temperature: float,
+    max_new_tokens: int,
+) -> Completer:
+    """Makes the program that samples completions as a learner reads them.
+
+    Args:
+      config: The decoder's, as it learns.
+      mesh: Where the parameters live.
+      eos_ids: Tokens that end a completion.
+      group: G.
+      temperature: Above 0.
+      max_new_tokens: T.
+
+    Returns:
+      A pure function, to be jitted: parameters, prompts, which of them are wanted, and a key in,
+      completions out.
+    """
+    on_cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
+    cast = jax.tree.map(lambda leaf: leaf.dtype, abstract_params(config, config.dtype))
+    plain = dataclasses.replace(config, remat=False)
+
+    def completer(
+        params: Params,
+        tokens: ArrayLike,
+        lengths: ArrayLike,
+        active: ArrayLike,
+        key: jax.Array,
+    ) -> Completed:
+        # Once, and not again for every token.
+        params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, cast)
+        loop, reading = plain, plain
+        if on_cpu:
+            loop, params = cpu_decoder(plain, params)
+            reading = dataclasses.replace(loop, weights_first=False)
+        tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
+        rows, size = tokens.shape
+        prefix = prefill(params, reading, tokens, lengths - 1)
+        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+        keys = jax.random.split(key, (rows, group))
+        out = decode(
+            params,
+            loop,
+            prefix,
+            last,
+            keys,
+            Controls(
+                temperature=jnp.float32(temperature),
+                top_p=jnp.float32(1),
+                max_new_tokens=jnp.int32(max_new_tokens),
+            ),
+            active=jnp.broadcast_to(jnp.asarray(active)[:, None], keys.shape),
+            eos_ids=eos_ids,
+            capacity=max_new_tokens,
+        )
+        # Completions follow their prompts without a gap, as a learner reads them.
+        at = jnp.arange(size + max_new_tokens) - lengths[:, None, None]
+        wide = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))[:, None]
+        own = _shifted(out.tokens, at)
+        drawn = _shifted(out.sampled_logprobs, at + 1)
+        inside = (at + 1 >= 0) & (at + 1 < out.length[..., None])
+        return Completed(
+            written=out.tokens,
+            tokens=jnp.where(at < 0, wide, own),
+            lengths=out.length,
+            stopped=out.stopped,
+            sampler_logprobs=jnp.where(inside, drawn, 0.0),
+        )
+
+    return completer
 
 
 def make_sampler(
@@ -221,61 +320,35 @@ def make_sampler(
       A pure function: parameters, tasks and a key in, rollouts out.
     """
     table = grammar.token_table(tokenizer.token_bytes)
-    on_cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
-    cast = jax.tree.map(lambda leaf: leaf.dtype, abstract_params(config, config.dtype))
-    plain = dataclasses.replace(config, remat=False)
+    completer = make_completer(
+        config,
+        mesh,
+        eos_ids=tokenizer.eos_ids,
+        group=settings.group,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+    )
 
     def sampler(params: Params, tasks: Tasks, key: jax.Array) -> Rolled:
-        # Once, and not again for every token.
-        params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, cast)
-        loop, reading = plain, plain
-        if on_cpu:
-            loop, params = cpu_decoder(plain, params)
-            reading = dataclasses.replace(loop, weights_first=False)
-        tokens, lengths = jnp.asarray(tasks.tokens), jnp.asarray(tasks.lengths)
-        rows, size = tokens.shape
-        prefix = prefill(params, reading, tokens, lengths - 1)
-        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-        capacity = settings.max_new_tokens
-        keys = jax.random.split(key, (rows, settings.group))
-        out = decode(
-            params,
-            loop,
-            prefix,
-            last,
-            keys,
-            Controls(
-                temperature=jnp.float32(settings.temperature),
-                top_p=jnp.float32(1),
-                max_new_tokens=jnp.int32(capacity),
-            ),
-            active=jnp.broadcast_to(tasks.answers[:, None] >= 0, keys.shape),
-            eos_ids=tokenizer.eos_ids,
-            capacity=capacity,
-        )
-        said = judge_rollouts(out.tokens, out.length - out.stopped, tasks, table, settings)
+        usable = jnp.asarray(tasks.answers) >= 0
+        out = completer(params, tasks.tokens, tasks.lengths, usable, key)
+        said = judge_rollouts(out.written, out.lengths - out.stopped, tasks, table, settings)
         rewards = said.outcomes
         if settings.overlong_buffer:
             rewards = rewards + overlong_penalty(
-                out.length,
-                max_length=capacity,
+                out.lengths,
+                max_length=settings.max_new_tokens,
                 buffer=settings.overlong_buffer,
                 scale=settings.overlong_scale,
             )
-        # Completions follow their prompts without a gap, as a learner reads them.
-        at = jnp.arange(size + capacity) - lengths[:, None, None]
-        wide = jnp.pad(tokens, ((0, 0), (0, capacity)))[:, None]
-        own = _shifted(out.tokens, at)
-        drawn = _shifted(out.sampled_logprobs, at + 1)
-        inside = (at + 1 >= 0) & (at + 1 < out.length[..., None])
         return Rolled(
-            tokens=jnp.where(at < 0, wide, own),
-            prompt_lengths=lengths,
-            lengths=out.length,
+            tokens=out.tokens,
+            prompt_lengths=jnp.asarray(tasks.lengths),
+            lengths=out.lengths,
             stopped=out.stopped,
-            sampler_logprobs=jnp.where(inside, drawn, 0.0),
+            sampler_logprobs=out.sampler_logprobs,
             rewards=rewards,
-            usable=jnp.asarray(tasks.answers) >= 0,
+            usable=usable,
             **said._asdict(),
         )
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from examples import trl_grpo
+from examples import sevens, trl_grpo
 from tests.adapters.stub import StubJudge
 
 
@@ -24,5 +24,5 @@ def test_three_steps_of_trls_trainer_with_our_reward() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_held_out_true_score_rises(seed: int) -> None:
-    _, before, after = trl_grpo.train(trl_grpo.LikesSevens(), steps=20, seed=seed)
+    _, before, after = trl_grpo.train(sevens.LikesSevens(), steps=20, seed=seed)
     assert after > before + 0.2
