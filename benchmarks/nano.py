@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-CURVES = ("vote", "guided vote")
 
 
 def main() -> None:
@@ -79,7 +78,11 @@ def report(runs: list[dict[str, Any]]) -> str:
     most = max(ks)
     gain = np.asarray(greedy["rl"]) - np.asarray(greedy["rft"])
     votes = np.asarray(accuracies(runs, "vote", most))
-    guided = np.asarray(accuracies(runs, "guided vote", most))
+    guided = {
+        curve: mean(list(np.asarray(accuracies(runs, curve, most)) - votes))
+        for curve in runs[0]["curves"]
+        if curve != "vote"
+    }
     over = votes - np.asarray(greedy["rl"])
     minutes = ", ".join(f"{one['seconds'] / 60:.1f}" for one in runs)
     lines = [
@@ -102,16 +105,16 @@ def report(runs: list[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {mean(values)} | {mean(unread)} | {tokens:.1f} |")
     lines += ["", "| samples of rl | " + " | ".join(map(str, ks)) + " |"]
     lines.append("| --- |" + " --- |" * len(ks))
-    for curve in CURVES:
+    for curve in runs[0]["curves"]:
         cells = " | ".join(mean(accuracies(runs, curve, k)) for k in ks)
         lines.append(f"| {curve} | {cells} |")
     meta = [one["meta"]["auc"] for one in runs]
     lines += [
         "",
         "Differences: greedy after reinforcement learning over rejective fine-tuning "
-        f"{mean(list(gain))}; vote at {most} over greedy {mean(list(over))}; guided vote over vote "
-        f"at {most} {mean(list(guided - votes))}. The meta reward model's AUC on single samples: "
-        f"{mean(meta)}.",
+        f"{mean(list(gain))}; vote at {most} over greedy {mean(list(over))}; over that, "
+        + ", ".join(f"{curve} of the samples {value}" for curve, value in guided.items())
+        + f". The meta reward model's AUC on single samples: {mean(meta)}.",
         "",
         "![Accuracy by number of samples](nano.png)",
         "",
@@ -120,7 +123,7 @@ def report(runs: list[dict[str, Any]]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Both curves with standard errors over seeds."""
+    """All curves with standard errors over seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -128,7 +131,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ks = [point["k"] for point in runs[0]["curves"]["vote"]]
-    for curve in CURVES:
+    for curve in runs[0]["curves"]:
         found = 100 * np.asarray([accuracies(runs, curve, k) for k in ks])
         error = found.std(axis=1, ddof=1) / found.shape[1] ** 0.5 if found.shape[1] > 1 else None
         axes.errorbar(ks, found.mean(axis=1), yerr=error, marker="o", capsize=3, label=curve)

@@ -87,7 +87,7 @@ def _meta() -> ConfigDict:
     config.model.name = "{workdir}/rl/model"
     config.data.comparisons = ("nano:train:4000:2",)
     config.data.template = "nano"
-    config.data.length = 96
+    config.data.length = PROMPT + JUDGEMENT
     config.prompt.template = "nano"
     config.prompt.single = ""
     config.sampler.model = "{workdir}/rl/model"
@@ -96,10 +96,10 @@ def _meta() -> ConfigDict:
     config.sampler.max_new_tokens = JUDGEMENT
     config.sampler.batch_rows = 512
     config.batch.rows = 32
-    config.steps = 400
+    config.steps = 500
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
-    config.checkpoint.every = 200
+    config.checkpoint.every = 250
     return config
 
 
@@ -110,6 +110,7 @@ def _eval() -> ConfigDict:
     config.scaled = "rl"
     config.meta_model = "{workdir}/meta/model"
     config.meta_template = "nano"
+    config.meta_shares = (0.5, 0.75)
     config.template = "nano"
     config.max_new_tokens = JUDGEMENT
     config.batch_rows = 512

@@ -53,6 +53,8 @@ def default_config() -> ConfigDict:
             # A meta reward model for guided votes; empty for none.
             "meta_model": "",
             "meta_template": "meta",
+            # Which shares of the samples vote in guided votes, each rounded down to at least one.
+            "meta_shares": (0.5,),
             "batch_rows": 0,
         }
     )
@@ -92,6 +94,9 @@ def run(settings: Settings, workdir: Path) -> bool:
     }
     temperature = float(settings["temperature"])
     meta_name, meta_template = str(settings["meta_model"]), str(settings["meta_template"])
+    shares = [float(share) for share in settings["meta_shares"]]
+    if not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"meta_shares is {shares}; give shares above 0 and up to 1")
     names = [str(name) for name in settings["data.comparisons"]]
     if not names:
         raise UsageError("data.comparisons is empty; name at least one file of comparisons")
@@ -123,8 +128,21 @@ def run(settings: Settings, workdir: Path) -> bool:
             arrays = (votes.scores, votes.valid, votes.right, votes.counts)
             found["curves"]["vote"] = scaling_curve(*arrays, ks=ks, seed=seed)
             if votes.meta is not None:
-                found["curves"]["guided vote"] = scaling_curve(
-                    *arrays, ks=ks, meta=votes.meta, seed=seed
+                for share in shares:
+                    found["curves"][f"guided vote of {share:.0%}"] = [
+                        point
+                        for k in ks
+                        for point in scaling_curve(
+                            *arrays,
+                            ks=[k],
+                            meta=votes.meta,
+                            k_meta=max(1, int(share * k)),
+                            seed=seed,
+                        )
+                    ]
+                weights = 1 / (1 + np.exp(-np.where(votes.valid, votes.meta, -np.inf)))
+                found["curves"]["weighted vote"] = scaling_curve(
+                    votes.scores * weights[..., None], *arrays[1:], ks=ks, seed=seed
                 )
                 strict = _strict(votes)
                 found["meta"] = {

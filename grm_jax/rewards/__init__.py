@@ -15,7 +15,14 @@ from grm_jax.rewards.verdicts import (
     restore_verdicts,
     verdict_reward,
 )
-from grm_jax.rewards.voting import guided_vote, rank, restore_order, tied_for_best, vote
+from grm_jax.rewards.voting import (
+    guided_vote,
+    rank,
+    restore_order,
+    tied_for_best,
+    vote,
+    weighted_vote,
+)
 
 __all__ = [
     "STATED_ERROR",
@@ -34,4 +41,5 @@ __all__ = [
     "tied_for_best",
     "verdict_reward",
     "vote",
+    "weighted_vote",
 ]

@@ -74,6 +74,27 @@ def guided_vote(
     return vote(scores, valid & trusted)
 
 
+def weighted_vote(scores: ArrayLike, valid: ArrayLike, meta: ArrayLike) -> jax.Array:
+    """Sums each response's scores, each sample's by how likely a meta reward model finds it right.
+
+    Where `guided_vote` leaves out whole samples, which costs evidence and prefers samples that are
+    sure for the same reason, here all vote, with the weight `sigmoid(meta)`: the totals are those
+    that right samples are expected to give.
+
+    Args:
+      scores: `f32[..., K, N]`, the scores of each sample, in input order.
+      valid: `bool[..., K]`, which samples may vote; the scores and meta rewards of the others may
+        be anything.
+      meta: `f32[..., K]`, the meta reward of each sample, a logit. NaN counts as `-inf`.
+
+    Returns:
+      `f32[..., N]`, the totals; 0 where no sample votes.
+    """
+    meta = jnp.asarray(meta, jnp.float32)
+    weights = jax.nn.sigmoid(jnp.where(jnp.isnan(meta), -jnp.inf, meta))
+    return vote(jnp.asarray(scores, jnp.float32) * weights[..., None], valid)
+
+
 def tied_for_best(totals: ArrayLike, num_responses: ArrayLike) -> jax.Array:
     """Marks the responses that share the highest total.
 

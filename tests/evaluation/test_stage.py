@@ -68,6 +68,7 @@ def test_what_it_leaves(folder: Path, tmp_path: Path) -> None:
         ({"ks": (1, 4)}, "none above samples, 2"),
         ({"data.comparisons": ()}, "data.comparisons is empty"),
         ({"adapters": {"other": "x"}}, "adapters names other, no model"),
+        ({"meta_shares": (0.0,)}, "give shares above 0"),
         ({"constrained": ("other",)}, "constrained names other, no model"),
     ],
 )

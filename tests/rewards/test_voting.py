@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grm_jax.rewards import guided_vote, rank, restore_order, tied_for_best, vote
+from grm_jax.rewards import (
+    guided_vote,
+    rank,
+    restore_order,
+    tied_for_best,
+    vote,
+    weighted_vote,
+)
 
 NAN, INF = np.nan, np.inf
 BATCH, SAMPLES, RESPONSES = 48, 6, 4
@@ -247,3 +254,14 @@ def test_votes_and_rankings_stay_sharded(run_sharded):
 
     (rankings,) = run_sharded(rank_with_fixed_key, totals, counts)
     np.testing.assert_array_equal(rankings, rank_with_fixed_key(totals, counts))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_weighted_vote_by_hand(jitted):
+    function = jax.jit(weighted_vote) if jitted else weighted_vote
+    scores = np.array([[8, 2], [1, 9], [5, 6], [np.nan, np.nan]])
+    # Right with a chance of 3/4, of 1/2, of nothing known, and unreadable.
+    meta = np.array([np.log(3), 0.0, np.nan, np.inf])
+    totals = function(scores, np.array([True, True, True, False]), meta)
+    np.testing.assert_allclose(totals, [8 * 0.75 + 1 * 0.5, 2 * 0.75 + 9 * 0.5], rtol=1e-6)
+    np.testing.assert_array_equal(function(scores, np.zeros(4, bool), meta), [0, 0])
