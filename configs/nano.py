@@ -42,7 +42,7 @@ def _rft() -> ConfigDict:
         # A few layers compile fast enough apart, and CPUs run them faster so.
         "scan_layers": False,
     }
-    config.data.comparisons = ("nano:train:40000",)
+    config.data.comparisons = ("nano:train:34000",)
     # About two comparisons with their judgements.
     config.data.length = 128
     # It has no other text to learn the language of these prompts from.
@@ -52,13 +52,13 @@ def _rft() -> ConfigDict:
     config.sampler.files = (rft.TEACHER,)
     config.sampler.hinted = "off"
     config.batch.rows = 8
-    config.steps = 1600
+    config.steps = 1500
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_share = 0.05
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
-    config.checkpoint.every = 800
+    config.checkpoint.every = 750
     config.log.every = 50
     return config
 
@@ -85,21 +85,21 @@ def _rl() -> ConfigDict:
 def _meta() -> ConfigDict:
     config = meta.default_config()
     config.model.name = "{workdir}/rl/model"
-    config.data.comparisons = ("nano:train:4000:2",)
+    config.data.comparisons = ("nano:train:2400:2",)
     config.data.template = "nano"
     config.data.length = PROMPT + JUDGEMENT
     config.prompt.template = "nano"
     config.prompt.single = ""
     config.sampler.model = "{workdir}/rl/model"
-    config.sampler.samples = 3
+    config.sampler.samples = 5
     config.sampler.temperature = 1.0
     config.sampler.max_new_tokens = JUDGEMENT
     config.sampler.batch_rows = 512
     config.batch.rows = 32
-    config.steps = 500
+    config.steps = 360
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
-    config.checkpoint.every = 250
+    config.checkpoint.every = 180
     return config
 
 

@@ -250,9 +250,8 @@ def _point(
     means: list[np.ndarray] = []
     if slow:
         chosen = sample_subsets(judged.samples, k, draws=_SLOW_DRAWS, seed=seed)
-        # A column of ones besides the scores counts who votes.
-        ones = np.ones((*votes.shape[:2], 1))
-        counted = np.concatenate([votes, ones], axis=-1)
+        # A column besides the scores counts who votes.
+        counted = np.concatenate([votes, method.weights(judged)[..., None]], axis=-1)
         totals = subset_totals(counted, judged.valid, chosen, meta=meta, k_meta=voters)
         with np.errstate(invalid="ignore"):
             found = totals[..., :-1] / totals[..., -1:]

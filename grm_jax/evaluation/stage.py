@@ -20,6 +20,7 @@ from grm_jax.data.output import LineWriter
 from grm_jax.data.pipeline import Source
 from grm_jax.errors import UsageError
 from grm_jax.evaluation.judged import Judged, judged_from_records, read_judgements
+from grm_jax.evaluation.methods import WEIGHTED
 from grm_jax.evaluation.metrics import auc, bootstrap_mean, correctness
 from grm_jax.evaluation.scaling import plot_curve, scaling_curve
 from grm_jax.judge import GRM
@@ -140,9 +141,8 @@ def run(settings: Settings, workdir: Path) -> bool:
                             seed=seed,
                         )
                     ]
-                weights = 1 / (1 + np.exp(-np.where(votes.valid, votes.meta, -np.inf)))
                 found["curves"]["weighted vote"] = scaling_curve(
-                    votes.scores * weights[..., None], *arrays[1:], ks=ks, seed=seed
+                    WEIGHTED.votes(votes), *arrays[1:], ks=ks, seed=seed
                 )
                 strict = _strict(votes)
                 found["meta"] = {

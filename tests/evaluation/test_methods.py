@@ -88,6 +88,23 @@ def test_confidence_chooses_who_votes(found: Evaluation) -> None:
     assert found.results["meta"] is None
 
 
+def test_samples_vote_as_much_as_they_are_trusted() -> None:
+    judged = replace(judge(), expected=None, logprob=None)
+    # What a meta model would say that is sure of half of what is right, and of nothing else.
+    first = judged.scores.argmax(axis=-1) == judged.right.argmax(axis=-1)[:, None]
+    sure = first & (np.arange(SAMPLES) % 2 == 0)
+    meta = np.where(sure, 4.0, -1.0)
+    meta[:, -1] = np.nan
+    judged = replace(judged, meta=meta)
+    weighted = next(way for way in find_methods(judged) if way.name == "weighted")
+    np.testing.assert_allclose(weighted.weights(judged)[sure], 1 / (1 + np.exp(-4)))
+    assert not weighted.weights(judged)[:, -1].any()
+    found = evaluate(
+        find_benchmark("comparisons"), judged, name="a", ks=[1, 8], model=COST, resamples=50
+    )
+    assert accuracy(found, "weighted", 8) > accuracy(found, "vote", 8) + 0.1
+
+
 def test_without_records_of_it_there_is_the_vote_alone() -> None:
     judged = judge(4)
     assert [way.name for way in find_methods(replace(judged, expected=None, logprob=None))] == [

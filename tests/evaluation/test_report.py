@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results_hold_every_number(folder: Path) -> None:
     (model,) = json.loads((folder / "results.json").read_text())["models"]
-    assert list(model["curves"]) == ["vote", "guided, half", "guided, 1"]
+    assert list(model["curves"]) == ["vote", "guided, half", "guided, 1", "weighted"]
     points = model["curves"]["vote"]
     assert [point["k"] for point in points] == [1, 2, 8]
     for point in points:
