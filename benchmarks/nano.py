@@ -112,9 +112,12 @@ def report(runs: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "Differences: greedy after reinforcement learning over rejective fine-tuning "
-        f"{mean(list(gain))}; vote at {most} over greedy {mean(list(over))}; over that, "
-        + ", ".join(f"{curve} of the samples {value}" for curve, value in guided.items())
+        f"{mean(list(gain))}; vote at {most} over greedy {mean(list(over))}; at {most} over the vote: "
+        + ", ".join(f"{curve} {value}" for curve, value in guided.items())
         + f". The meta reward model's AUC on single samples: {mean(meta)}.",
+        "",
+        "A guided vote is that of the samples which the meta reward model trusts most, so many of "
+        "them; in a weighted vote all count, each with the chance that it is right.",
         "",
         "![Accuracy by number of samples](nano.png)",
         "",
