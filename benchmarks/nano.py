@@ -112,7 +112,7 @@ def report(runs: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "Differences: greedy after reinforcement learning over rejective fine-tuning "
-        f"{mean(list(gain))}; vote at {most} over greedy {mean(list(over))}; at {most} over the vote: "
+        f"{mean(list(gain))}; vote at {most} over greedy {mean(list(over))}; at {most} over it: "
         + ", ".join(f"{curve} {value}" for curve, value in guided.items())
         + f". The meta reward model's AUC on single samples: {mean(meta)}.",
         "",
