@@ -250,8 +250,12 @@ OF_STAGES = {
 """,
     "rl": """
     config.data.max_prompt = 36
-    config.rollout.max_new_tokens = 8
-    config.rollout.overlong_buffer = 8
+    config.rollout.max_new_tokens = 16
+    # What ends early is better, which is all that random parameters have to learn from.
+    config.rollout.overlong_buffer = 16
+    config.batch.rows = 64
+    # Adam would otherwise make as much of rounding as of what is learnt.
+    config.optimizer.eps = 1e-3
 """,
     "meta": """
     config.data.trajectories = (TRAJECTORIES,)
