@@ -77,9 +77,8 @@ def guided_vote(
 def weighted_vote(scores: ArrayLike, valid: ArrayLike, meta: ArrayLike) -> jax.Array:
     """Sums each response's scores, each sample's by how likely a meta reward model finds it right.
 
-    Where `guided_vote` leaves out whole samples, which costs evidence and prefers samples that are
-    sure for the same reason, here all vote, with the weight `sigmoid(meta)`: the totals are those
-    that right samples are expected to give.
+    Where `guided_vote` leaves out whole samples, here all vote, with the weight `sigmoid(meta)`:
+    the totals are those that right samples are expected to give. It is not of the paper.
 
     Args:
       scores: `f32[..., K, N]`, the scores of each sample, in input order.
