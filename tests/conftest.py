@@ -19,8 +19,8 @@ if version("jaxlib").startswith("0.10."):  # One that XLA does not know ends the
 GIVEN = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([GIVEN, *(x for x in FLAGS if x.split("=")[0] not in GIVEN)])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Machine code is made in haste, as compiling takes far longer here than what is computed. XLA's
-# passes over the program are what they always are.
+# Machine code is made in haste, as compiling takes far longer here than what is computed: it is not
+# the code that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 settings.register_profile("default", deadline=None)
