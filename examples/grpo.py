@@ -10,7 +10,6 @@ rule in the place of one, which gives an answer a point for each 7 in it. The re
 printed; the true score is the share of 7 among all digits.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from examples.sevens import DIGITS, LikesSevens, true_score
-from grm_jax import GRM
+from examples.sevens import DIGITS, main, true_score
 from grm_jax.adapters import Scorer, Task
 from grm_jax.adapters.scoring import Judge
 from grm_jax.distributed import make_mesh, tree_shardings
@@ -162,23 +160,5 @@ def train(
     return history, before, held_out(last)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains and prints the reward by step."""
-    parser = argparse.ArgumentParser(description="GRPO by this library with a judge as the reward.")
-    parser.add_argument("--model", help="a judge; without one, a rule that likes sevens")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    if args.model is None:
-        found = train(LikesSevens(), steps=args.steps, seed=args.seed)
-    else:
-        judge = GRM.from_pretrained(args.model)
-        found = train(judge, steps=args.steps, seed=args.seed, samples=2, constrain=True,
-                      max_new_tokens=64)  # fmt: skip
-    rewards, before, after = found
-    print("reward by step:", " ".join(f"{reward:.2f}" for reward in rewards))
-    print(f"share of sevens on held-out questions: {before:.2f} before, {after:.2f} after")
-
-
 if __name__ == "__main__":
-    main()
+    main(train, "GRPO by this library with a judge as the reward.")

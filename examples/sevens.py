@@ -1,8 +1,10 @@
 """A task that a policy of random weights learns in seconds: to write sevens, as the judge likes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from grm_jax import GRM
 from grm_jax.data import Comparison, Judgement, Sample
 
 DIGITS = "0123456789"
@@ -30,3 +32,27 @@ def true_score(answers: Sequence[str]) -> float:
     """The share of sevens among all digits."""
     text = "".join(answers)
     return text.count("7") / max(1, sum(char in DIGITS for char in text))
+
+
+def main(train: Callable[..., tuple[list[float], float, float]], description: str) -> None:
+    """Trains by a judge that the command line names, and prints the reward by step.
+
+    Args:
+      train: Of an example: a judge, steps, a seed and the judge's settings in; the mean reward by
+        step and the held-out true score before and after out.
+      description: Of the example.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", help="a judge; without one, a rule that likes sevens")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.model is None:
+        found = train(LikesSevens(), steps=args.steps, seed=args.seed)
+    else:
+        judge = GRM.from_pretrained(args.model)
+        found = train(judge, steps=args.steps, seed=args.seed, samples=2, constrain=True,
+                      max_new_tokens=64)  # fmt: skip
+    rewards, before, after = found
+    print("reward by step:", " ".join(f"{reward:.2f}" for reward in rewards))
+    print(f"share of sevens on held-out questions: {before:.2f} before, {after:.2f} after")

@@ -9,9 +9,7 @@ each 7 in it: it shows that what the judge likes is what the policy comes to wri
 step is printed; the true score is the share of 7 among all digits.
 """
 
-import argparse
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -19,8 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.sevens import DIGITS, LikesSevens, true_score
-from grm_jax import GRM
+from examples.sevens import DIGITS, main, true_score
 from grm_jax.adapters import Scorer, trl
 from grm_jax.adapters.scoring import Judge
 
@@ -92,23 +89,5 @@ def train(
         return rewards, before, held_out(trainer, tokenizer)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains and prints the reward by step."""
-    parser = argparse.ArgumentParser(description="GRPO by TRL with a judge as the reward.")
-    parser.add_argument("--model", help="a judge; without one, a rule that likes sevens")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    if args.model is None:
-        found = train(LikesSevens(), steps=args.steps, seed=args.seed)
-    else:
-        judge = GRM.from_pretrained(args.model)
-        found = train(judge, steps=args.steps, seed=args.seed, samples=2, constrain=True,
-                      max_new_tokens=64)  # fmt: skip
-    rewards, before, after = found
-    print("reward by step:", " ".join(f"{reward:.2f}" for reward in rewards))
-    print(f"share of sevens on held-out questions: {before:.2f} before, {after:.2f} after")
-
-
 if __name__ == "__main__":
-    main()
+    main(train, "GRPO by TRL with a judge as the reward.")
