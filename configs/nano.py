@@ -23,7 +23,12 @@ PROMPT, JUDGEMENT = 36, 44
 
 def get_config() -> ConfigDict:
     """The stages in their order, each with the whole configuration of its kind."""
-    return spct.default_config(rft=_rft(), rl=_rl(), meta=_meta(), eval=_eval())
+    config = spct.default_config(rft=_rft(), rl=_rl(), meta=_meta(), eval=_eval())
+    config.cpu_devices = 2
+    for stage in (config.rft, config.rl, config.meta):
+        # So small a model is not worth keeping in parts.
+        stage.mesh.data, stage.mesh.fsdp = -1, 1
+    return config
 
 
 def _rft() -> ConfigDict:

@@ -1,9 +1,12 @@
 """`grm-jax train`: runs a configuration's stage, and goes on with what an earlier call began."""
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+
+import jax
 
 from grm_jax.distributed import ending_together, join
 from grm_jax.errors import UsageError
@@ -46,12 +49,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run, overrides=[])
 
 
+def _split_cpus(devices: int) -> None:
+    """Has JAX show this many devices where it runs on CPUs."""
+    if devices < 0:
+        raise UsageError(f"cpu_devices is {devices}; it must be 0 (as JAX is set) or more")
+    if devices:
+        # Too late if this process has used JAX; meshes then take the devices that there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
 def run(args: argparse.Namespace) -> bool:
     """Runs the stage; returns True, or raises what is wrong."""
     config = load_config(args.config, args.overrides)
     kind = config.get("stage")
     if kind not in (*STAGES, "spct"):
         raise UsageError(f"stage is {kind!r}; it must be one of {', '.join(STAGES)}, spct")
+    _split_cpus(int(config.get("cpu_devices", 0)))
     if args.distributed:
         join()
     with ending_together():

@@ -23,6 +23,9 @@ from grm_jax.errors import UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
+BATCH_AXES = ("data", "fsdp")
+"""Those over which a batch is split."""
+
 Axes = tuple[str | None, ...]
 """Logical names of an array's axes, in order; None is an axis that is never split."""
 
@@ -43,8 +46,8 @@ RULES: Rules = MappingProxyType(
         "norm": (),
         # Activations. `samples` is the leading axis of arrays whose rows are the samples of one
         # or more comparisons; an array with a `batch` axis too leaves its samples unnamed.
-        "batch": ("data", "fsdp"),
-        "samples": ("data", "fsdp"),
+        "batch": BATCH_AXES,
+        "samples": BATCH_AXES,
         "length": (),
         "cache_length": (),
         "embed_act": (),
@@ -117,6 +120,40 @@ def logical_to_sharding(
             used = ()
         spec.append(used or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def local_mesh(shape: Mapping[str, int]) -> Mesh | None:
+    """The mesh of this process's devices, for programs that each process runs by itself.
+
+    Args:
+      shape: As of `make_mesh`.
+
+    Returns:
+      The mesh; None where there is one device, which needs none.
+
+    Raises:
+      UsageError: As `make_mesh`.
+    """
+    devices = jax.local_devices()
+    mesh = make_mesh(shape, devices)
+    return mesh if len(devices) > 1 else None
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """In how many parts a batch is split over the mesh; 1 without one."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def split_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Places arrays so that each part of the mesh has its share of the leading axis.
+
+    Args:
+      tree: Of arrays whose leading axis is the batch; a multiple of `batch_parts`.
+      mesh: The mesh; without one, or with one of a single part, the tree stays as it is.
+    """
+    if mesh is None or batch_parts(mesh) == 1:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
 def tree_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RULES) -> Any:

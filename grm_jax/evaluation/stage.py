@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from grm_jax.data import Comparison
 from grm_jax.data.output import LineWriter
 from grm_jax.data.pipeline import Source
+from grm_jax.distributed import local_mesh
 from grm_jax.errors import UsageError
 from grm_jax.evaluation.judged import Judged, judged_from_records, read_judgements
 from grm_jax.evaluation.methods import WEIGHTED
@@ -57,6 +58,8 @@ def default_config() -> ConfigDict:
             # Which shares of the samples vote in guided votes, each rounded down to at least one.
             "meta_shares": (0.5,),
             "batch_rows": 0,
+            # Of the devices of this process; each axis as in `sampler.mesh` of other stages.
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1},
         }
     )
 
@@ -104,11 +107,12 @@ def run(settings: Settings, workdir: Path) -> bool:
     comparisons = all_comparisons(
         [Source(name=name, records=open_records(name, workdir)) for name in names]
     )
+    mesh = local_mesh(settings.group("mesh"))
     settings.check_all_read()
     workdir.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"settings": settings.to_dict(), "greedy": {}, "curves": {}}
     for name, path in models.items():
-        grm = GRM.from_pretrained(path, adapter=adapters.get(name))
+        grm = GRM.from_pretrained(path, adapter=adapters.get(name), mesh=mesh)
         file = workdir / f"greedy_{name}.jsonl"
         how = {**common, "constrain": name in constrained}
         judged = _judge(name, grm, comparisons, file, {**how, "samples": 1, "temperature": 0.0})
@@ -123,7 +127,7 @@ def run(settings: Settings, workdir: Path) -> bool:
         if name == scaled:
             meta = None
             if meta_name:
-                meta = GRM.meta_model(meta_name, template=meta_template)
+                meta = GRM.meta_model(meta_name, template=meta_template, mesh=mesh)
             sampled = {**how, "samples": samples, "temperature": temperature}
             votes = _judge(name, grm, comparisons, workdir / "sampled.jsonl", sampled, meta)
             arrays = (votes.scores, votes.valid, votes.right, votes.counts)

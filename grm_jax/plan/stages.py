@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grm_jax.data.packing import PackedRows
-from grm_jax.distributed import logical_to_sharding
+from grm_jax.distributed import batch_parts, logical_to_sharding
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, DtypeName, Params, dtype_name
 from grm_jax.plan.architectures import decoder_of
@@ -155,7 +155,7 @@ def build_stage(name: str, config: ConfigDict, mesh: Mesh, *, platform: str) -> 
     labels = 0 if kind in ("sft", "rft", "rl") else 1
     model = abstract_model(settings, mesh, num_labels=labels, platform=platform)
     rows, accumulate = settings.at_least("batch.rows", 1), settings.at_least("batch.accumulate", 1)
-    check_rows(rows, accumulate, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_rows(rows, accumulate, batch_parts(mesh))
     return _KINDS[kind](name, settings, mesh, model)
 
 

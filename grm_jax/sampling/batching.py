@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grm_jax import grammar
+from grm_jax.distributed import batch_parts, split_rows
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, Segment, cpu_decoder
 from grm_jax.prompts import Tokenizer
@@ -32,9 +33,9 @@ from grm_jax.sampling.sampler import (
 )
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
-# Rows of a decoding batch if the caller does not say, always: kernels choose how to sum by the size
-# of a product, so that with another number of rows the last bits, and now and then a sample, would
-# be others.
+# Rows of a decoding batch on each device if the caller does not say, always: kernels choose how to
+# sum by the size of a product, so that with another number of rows the last bits, and now and then
+# a sample, would be others.
 _CPU_ROWS = 32
 _ACCELERATOR_ROWS = 256
 _LEAST_ROOM = 512
@@ -57,8 +58,8 @@ class SamplingSettings:
       constrain: Whether samples must follow the layout of a judgement.
       low: Least score.
       high: Greatest score.
-      batch_rows: Rows of a decoding batch, over all its prompts; None for what suits the device.
-        Small models are faster with more.
+      batch_rows: Rows of a decoding batch, over all its prompts and devices; None for what suits
+        the devices. Small models are faster with more.
     """
 
     temperature: float = 0.5
@@ -175,6 +176,8 @@ class JobShape(NamedTuple):
 class JudgeSampler:
     """A model, its tokenizer and sampling settings: runs batches of `PromptJob`s.
 
+    Over a mesh, the jobs of a batch are dealt out to its `data` and `fsdp` axes.
+
     Attributes:
       params: The decoder's parameters, for reading prompts.
       config: Its configuration.
@@ -232,11 +235,15 @@ class JudgeSampler:
         return min(self.rows, each if orders == 1 else max(1, each // 2))
 
     @property
+    def _parts(self) -> int:
+        return batch_parts(self.mesh)
+
+    @property
     def rows(self) -> int:
-        """Rows of a decoding batch."""
+        """Rows of a decoding batch, over all devices."""
         if self.settings.batch_rows is not None:
             return self.settings.batch_rows
-        return _CPU_ROWS if self._cpu else _ACCELERATOR_ROWS
+        return self._parts * (_CPU_ROWS if self._cpu else _ACCELERATOR_ROWS)
 
     @property
     def _least_room(self) -> int:
@@ -254,79 +261,95 @@ class JudgeSampler:
         )
 
     def limit(self, shape: JobShape) -> int:
-        """Prompts in a batch of a shape, by rows and by memory for the cache."""
+        """Prompts in a batch of a shape, by rows and by memory for the cache: as many a device."""
         c = self.config
         size = shape.prompt * c.cache_width * jnp.dtype(c.dtype).itemsize
         memory = _CPU_CACHE_BYTES if self._cpu else _ACCELERATOR_CACHE_BYTES
-        by_rows = max(1, self.rows // shape.samples)
-        return max(1, min(by_rows, memory // size))
+        by_rows = self.rows // shape.samples // self._parts
+        return self._parts * max(1, min(by_rows, memory // size))
 
     def run(self, jobs: Sequence[PromptJob]) -> list[PromptResult]:
         """Samples a batch of jobs of equal shape, at most `limit` of them."""
         began = time.perf_counter()
         shape = self.shape(jobs[0])
-        rows = self.limit(shape)
+        # Which job each row is of; dealt out, so that few jobs keep all devices busy.
+        dealt = np.arange(self.limit(shape)).reshape(-1, self._parts).T.ravel()
         # Kernels that the partitioner cannot look into split their work by the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            prefix = self._prefill(jobs, shape, rows)
-            out, scores, valid = jax.device_get(self._decode(jobs, shape, rows, prefix))
+            prefix = self._prefill(jobs, shape, dealt)
+            out, scores, valid = jax.device_get(self._decode(jobs, shape, dealt, prefix))
         seconds = time.perf_counter() - began
         total = sum(len(job.keys) for job in jobs)
         return [
             self._result(job, row, out, scores, valid, seconds * len(job.keys) / total)
-            for row, job in enumerate(jobs)
+            for job, row in zip(jobs, np.argsort(dealt), strict=False)
         ]
 
-    def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, rows: int) -> Segment:
-        prefix = empty_prefix(self.loop[0], rows=rows, size=shape.prompt)
-        # Rows by prompt, and those by length: what several rows begin with is read once, and as
-        # many prompts at a time as the length of each says, so that no neighbour can change it.
-        groups: dict[int, dict[tuple[int, ...], list[int]]] = {}
-        for row, job in enumerate(jobs):
-            read = tuple(job.tokens[:-1])
-            groups.setdefault(bucket(len(read)), {}).setdefault(read, []).append(row)
-        for length, prompts in groups.items():
-            at_once = max(1, min(rows, self.rows * _READ_TOKENS // length))
-            for first in range(0, len(prompts), at_once):
-                part = list(prompts)[first : first + at_once]
-                tokens = np.zeros((at_once, length), np.int32)
-                lengths = np.ones(at_once, np.int32)
-                places = np.zeros((2, rows), np.int32)
-                count = 0
-                for index, read in enumerate(part):
-                    tokens[index, : len(read)] = read
-                    lengths[index] = len(read)
-                    for row in prompts[read]:
-                        places[:, count] = row, index
-                        count += 1
-                segment = prefill(self.params, self.config, tokens, lengths)
-                prefix = place_prefix(prefix, segment, *places, count, self.loop[0], self.config)
+    def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, dealt: np.ndarray) -> Segment:
+        loop, parts = self.loop[0], self._parts
+        mesh = self.mesh if parts > 1 else None
+        rows = len(dealt) // parts
+        prefix = empty_prefix(loop, rows=len(dealt), size=shape.prompt, mesh=mesh)
+        # The rows of each prompt, by length and part: what several rows of a part begin with is
+        # read once, and as many prompts at a time as the length says, so that no neighbour can
+        # change it.
+        groups: dict[int, list[dict[tuple[int, ...], list[int]]]] = {}
+        for place, index in enumerate(dealt):
+            if index < len(jobs):
+                prompt = tuple(jobs[index].tokens[:-1])
+                part, row = divmod(place, rows)
+                group = groups.setdefault(bucket(len(prompt)), [{} for _ in range(parts)])
+                group[part].setdefault(prompt, []).append(row)
+        for length, group in groups.items():
+            at_once = max(1, min(rows, self.rows // parts * _READ_TOKENS // length))
+            for first in range(0, max(map(len, group)), at_once):
+                tokens = np.zeros((parts, at_once, length), np.int32)
+                lengths = np.ones((parts, at_once), np.int32)
+                places = np.zeros((2, parts, rows), np.int32)
+                counts = np.zeros(parts, np.int32)
+                for part, prompts in enumerate(group):
+                    for index, prompt in enumerate(list(prompts)[first : first + at_once]):
+                        tokens[part, index, : len(prompt)] = prompt
+                        lengths[part, index] = len(prompt)
+                        for row in prompts[prompt]:
+                            places[:, part, counts[part]] = row, index
+                            counts[part] += 1
+                read = split_rows((tokens.reshape(-1, length), lengths.ravel()), mesh)
+                segment = prefill(self.params, self.config, *read)
+                to, given = places.reshape(2, -1)
+                prefix = place_prefix(
+                    prefix, segment, to, given, counts, loop, self.config, mesh=mesh
+                )
         return prefix
 
     def _decode(
-        self, jobs: Sequence[PromptJob], shape: JobShape, rows: int, prefix: Segment
+        self, jobs: Sequence[PromptJob], shape: JobShape, dealt: np.ndarray, prefix: Segment
     ) -> tuple[Rollouts, jax.Array, jax.Array]:
         settings = self.settings
         # Rows and samples that only fill the batch up repeat real ones; nothing reads them.
-        padded = [jobs[row % len(jobs)] for row in range(rows)]
+        padded = [jobs[index % len(jobs)] for index in dealt]
+        rows = len(padded)
         keys = np.stack([job.keys[np.arange(shape.samples) % len(job.keys)] for job in padded])
         order = np.tile(np.arange(shape.responses, dtype=np.int32), (rows, 1))
         for row, job in enumerate(padded):
             order[row, : len(job.order)] = job.order
         counts = np.asarray([len(job.order) for job in padded], np.int32)
         active = np.zeros((rows, shape.samples), bool)
-        for row, job in enumerate(jobs):
-            active[row, : len(job.keys)] = True
+        for row, index in enumerate(dealt):
+            if index < len(jobs):
+                active[row, : len(jobs[index].keys)] = True
         layout = None
         if settings.constrain:
             layouts = [self.layout(int(count)) for count in counts]
             layout = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
         config, params = self.loop
+        last = np.asarray([job.tokens[-1] for job in padded], np.int32)
+        last, keys, layout, active = split_rows((last, keys, layout, active), self.mesh)
         out = decode(
             params,
             config,
             prefix,
-            np.asarray([job.tokens[-1] for job in padded], np.int32),
+            last,
             jax.random.wrap_key_data(jnp.asarray(keys)),
             Controls(
                 temperature=jnp.float32(settings.temperature),

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grm_jax.distributed import batch_parts, split_rows
 from grm_jax.models import DecoderConfig, Params, Segment, forward, forward_parallel, unembed
 from grm_jax.prompts import Tokenizer
 from grm_jax.sampling.batching import PromptJob, PromptResult
@@ -92,7 +93,8 @@ class ScoreReader:
       low: Least score.
       high: Greatest score.
       mesh: The mesh that the parameters lie on; None for one device.
-      at_once: Texts that are read at a time; None for what suits the device.
+      at_once: Texts that are read at a time, a multiple of the parts of the mesh; None for what
+        suits the devices.
     """
 
     params: Params
@@ -134,7 +136,7 @@ class ScoreReader:
             size = bucket(max(places[-1].token + 1 for _, _, places in asked))
             for first in range(0, len(asked), self._together):
                 part = asked[first : first + self._together]
-                rows = self._rows(prompt[-1], part, count, size)
+                rows = split_rows(self._rows(prompt[-1], part, count, size), self._split)
                 chances = np.asarray(_chances(self.params, self.config, prefix, rows, self._ends))
                 for (index, _, _), chance in zip(part, chances, strict=False):
                     found[index] = chance[:count]
@@ -169,7 +171,12 @@ class ScoreReader:
         if self.at_once is not None:
             return self.at_once
         on_cpu = all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
-        return 1 if on_cpu else _ACCELERATOR_SAMPLES
+        return batch_parts(self._split) * (1 if on_cpu else _ACCELERATOR_SAMPLES)
+
+    @property
+    def _split(self) -> jax.sharding.Mesh | None:
+        """Over what texts are split; those of experts are read in turn, each by all devices."""
+        return self.mesh if self.config.experts is None else None
 
     @functools.cached_property
     def _ends(self) -> jax.Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from grm_jax.distributed import batch_parts, split_rows
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, reward
 from grm_jax.prompts import Template, Tokenizer, encode_chat, render
@@ -96,7 +97,8 @@ class MetaModel:
         on_cpu = all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
         rows = max(1, (_CPU_TOKENS if on_cpu else _ACCELERATOR_TOKENS) // size)
         # Whole powers of two, so that few programs are compiled.
-        rows = min(1 << (rows.bit_length() - 1), power_of_two(len(sequences)))
+        parts = batch_parts(self.mesh)
+        rows = parts * min(1 << (rows.bit_length() - 1), power_of_two(-(-len(sequences) // parts)))
         out = []
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             for first in range(0, len(sequences), rows):
@@ -106,5 +108,7 @@ class MetaModel:
                 for row, ids in enumerate(part):
                     tokens[row, : len(ids)] = ids
                     held[row] = len(ids)
-                out.append(np.asarray(_reward(self.params, self.config, tokens, held))[: len(part)])
+                tokens, held = split_rows((tokens, held), self.mesh)
+                found = _reward(self.params, self.config, tokens, held)
+                out.append(np.asarray(found)[: len(part)])
         return np.concatenate(out)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from grm_jax.data.pipeline import Source, batches
+from grm_jax.distributed import batch_parts
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, reward
 from grm_jax.sampling import bucket
@@ -373,7 +374,7 @@ def train_classifier(
     check_rows(
         rows,
         settings.at_least("batch.accumulate", 1),
-        mesh.shape["data"] * mesh.shape["fsdp"],
+        batch_parts(mesh),
     )
     every, log_every = settings.at_least("heldout.every", 1), settings.at_least("log.every", 1)
     if every % log_every:

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grm_jax.distributed import RULES, logical_to_sharding
+from grm_jax.distributed import RULES, batch_parts, logical_to_sharding
 from grm_jax.errors import UsageError
 from grm_jax.models import Params, join_lora
 from grm_jax.training.losses import Metrics
@@ -69,7 +69,7 @@ class Learner:
         Raises:
           UsageError: The rows cannot be shared out.
         """
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = batch_parts(self.mesh)
 
         def put(array: np.ndarray) -> jax.Array:
             check_rows(len(array), self.accumulate, parts)

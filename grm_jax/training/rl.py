@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from grm_jax.data.pipeline import Mapped, Source, batches
-from grm_jax.distributed import make_mesh
+from grm_jax.distributed import batch_parts, make_mesh
 from grm_jax.errors import UsageError
 from grm_jax.models import Params
 from grm_jax.prompts import Template, load_template
@@ -125,7 +125,7 @@ def run(settings: Settings, workdir: Path) -> bool:
     if maker.single is not None and (maker.single.low, maker.single.high) != (0, 1):
         raise UsageError("prompt.single asks for other scores than 0 and 1; name another template")
     rows, accumulate = settings.at_least("batch.rows", 1), settings.at_least("batch.accumulate", 1)
-    check_rows(rows, accumulate, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_rows(rows, accumulate, batch_parts(mesh))
     if rows % rollout.group:
         raise UsageError(
             f"batch.rows is {rows}; it counts rollouts, so it must be a multiple of rollout.group, "

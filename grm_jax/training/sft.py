@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from grm_jax.data.packing import PackedRows, TokenSequence, TooLong, packed_batches
 from grm_jax.data.pipeline import Mapped, Source
-from grm_jax.distributed import make_mesh
+from grm_jax.distributed import batch_parts, make_mesh
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params
 from grm_jax.training.config import Settings, base_config
@@ -113,7 +113,7 @@ def train_on_sequences(
     """
     rows, length = settings.at_least("batch.rows", 1), settings.at_least("data.length", 2)
     accumulate = settings.at_least("batch.accumulate", 1)
-    check_rows(rows, accumulate, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_rows(rows, accumulate, batch_parts(mesh))
     if length > model.config.max_context:
         raise UsageError(
             f"data.length is {length}, but the model reads {model.config.max_context} tokens"

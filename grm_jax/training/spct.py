@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from grm_jax.errors import UsageError
 from grm_jax.training.config import Settings
 
+_OWN_KEYS = ("stage", "seed", "order", "cpu_devices")
+
 Stage = Callable[[Settings, Path], bool]
 """Runs a stage in a working directory; returns whether all of it is done."""
 
@@ -27,7 +29,16 @@ def default_config(**stages: ConfigDict) -> ConfigDict:
     Args:
       **stages: The configuration of each, by the name of its folder.
     """
-    config = ConfigDict({"stage": "spct", "seed": 0, "order": tuple(stages)})
+    config = ConfigDict(
+        {
+            "stage": "spct",
+            "seed": 0,
+            "order": tuple(stages),
+            # How many devices CPUs are to look like; 0 for one. Small models run faster on one
+            # device a core than on one device whose threads share out each small product.
+            "cpu_devices": 0,
+        }
+    )
     for name, stage in stages.items():
         config[name] = stage
     return config
@@ -58,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, stages: Mapping[str, Stage]) -> bool:
             raise UsageError(
                 f"{name}.stage is {group.stage!r}; it must be one of {', '.join(stages)}"
             )
-    unused = sorted(set(config) - {*order, "stage", "seed", "order"})
+    unused = sorted(set(config) - {*order, *_OWN_KEYS})
     if unused:
         raise UsageError(f"order leaves out {', '.join(unused)}; add it, or leave out the group")
     for number, name in enumerate(order, 1):

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
@@ -26,7 +24,7 @@ from grm_jax.data.trajectories import (
     make_trajectory,
     read_trajectories,
 )
-from grm_jax.distributed import make_mesh
+from grm_jax.distributed import local_mesh
 from grm_jax.errors import UsageError
 from grm_jax.judge import GRM
 from grm_jax.models import dtype_name
@@ -91,7 +89,7 @@ class JudgeSettings:
         return GRM.from_pretrained(
             self.model,
             adapter=self.adapter or None,
-            mesh=_sampling_mesh(self.mesh),
+            mesh=local_mesh(self.mesh),
             dtype=None if self.dtype == "auto" else dtype_name(self.dtype),
         )
 
@@ -309,11 +307,6 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _sampling_mesh(shape: Mapping[str, int]) -> Mesh | None:
-    devices = jax.local_devices()
-    return make_mesh(shape, devices) if len(devices) > 1 else None
 
 
 def _judged(
