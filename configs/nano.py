@@ -101,10 +101,10 @@ def _meta() -> ConfigDict:
     config.sampler.max_new_tokens = JUDGEMENT
     config.sampler.batch_rows = 512
     config.batch.rows = 32
-    config.steps = 360
+    config.steps = 400
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
-    config.checkpoint.every = 180
+    config.checkpoint.every = 200
     return config
 
 

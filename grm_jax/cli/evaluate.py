@@ -12,6 +12,7 @@ from grm_jax.cli.judge import (
     adaptive_error,
     add_adaptive_flags,
     add_sampling_flags,
+    mesh_of,
     sampling_settings,
     with_progress,
 )
@@ -185,6 +186,7 @@ def _judge(
             adapter=judge.adapter,
             critic=judge.critic,
             settings=settings,
+            mesh=mesh_of(args),
         )
         cost = model_cost(config)
         about.write_text(json.dumps(dataclasses.asdict(cost)) + "\n")

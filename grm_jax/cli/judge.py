@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,6 +20,7 @@ from grm_jax.data import (
     read_comparisons,
     to_line,
 )
+from grm_jax.distributed import local_mesh
 from grm_jax.errors import UsageError
 from grm_jax.judge import DEFAULT_TEMPLATE, GRM
 from grm_jax.rewards import STATED_ERROR
@@ -59,6 +61,31 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--k-meta", type=int, metavar="N", help="how many it chooses (default half of K)")
     add("--template", default=DEFAULT_TEMPLATE, help="a built-in prompt template or a file")
     add("--seed", type=int, default=0, help="of samples, orders and ties (default 0)")
+    add(
+        "--mesh",
+        default="data=-1",
+        metavar="AXES",
+        help="how several devices are used: data=-1 deals out the samples (default), tensor=-1 "
+        "splits a model that is too large for one, data=2,tensor=4 does both",
+    )
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that the flags describe; None where there is one device.
+
+    Raises:
+      UsageError: If it cannot be read, or does not fit the devices.
+    """
+    shape = {}
+    for part in args.mesh.split(","):
+        axis, _, size = part.partition("=")
+        try:
+            shape[axis.strip()] = int(size)
+        except ValueError:
+            raise UsageError(
+                f"--mesh is {args.mesh!r}; write sizes of axes, as in data=2,tensor=4"
+            ) from None
+    return local_mesh(shape)
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,8 +172,9 @@ def run(args: argparse.Namespace) -> bool:
 
 def _load(args: argparse.Namespace) -> tuple[GRM, dict[str, Any]]:
     """The judge, and the settings with what they name loaded."""
-    grm = GRM.from_pretrained(args.model, adapter=args.adapter)
-    meta = None if args.meta_model is None else GRM.meta_model(args.meta_model)
+    mesh = mesh_of(args)
+    grm = GRM.from_pretrained(args.model, adapter=args.adapter, mesh=mesh)
+    meta = None if args.meta_model is None else GRM.meta_model(args.meta_model, mesh=mesh)
     more = {"adaptive": adaptive_error(args), "meta_model": meta}
     return grm, sampling_settings(args) | more
 

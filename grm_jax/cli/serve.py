@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from grm_jax.cli.judge import add_sampling_flags
+from grm_jax.cli.judge import add_sampling_flags, mesh_of
 from grm_jax.errors import UsageError
 from grm_jax.judge import GRM
 from grm_jax.prompts import load_template
@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> bool:
             file=sys.stderr,
         )
     template = load_template(args.template)
-    grm = GRM.from_pretrained(args.model, adapter=args.adapter)
+    mesh = mesh_of(args)
+    grm = GRM.from_pretrained(args.model, adapter=args.adapter, mesh=mesh)
     # It checks the settings now, rather than at the first request.
-    meta = None if args.meta_model is None else GRM.meta_model(args.meta_model)
+    meta = None if args.meta_model is None else GRM.meta_model(args.meta_model, mesh=mesh)
     grm.judge_batch(
         [],
         **vars(options.defaults),

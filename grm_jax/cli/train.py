@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -50,10 +51,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _split_cpus(devices: int) -> None:
-    """Has JAX show this many devices where it runs on CPUs."""
+    """Has JAX show so many devices where it runs on CPUs, unless the environment says how many."""
     if devices < 0:
-        raise UsageError(f"cpu_devices is {devices}; it must be 0 (as JAX is set) or more")
-    if devices:
+        raise UsageError(f"cpu_devices is {devices}; it must be 0 (for one) or more")
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if devices and not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
         # Too late if this process has used JAX; meshes then take the devices that there are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", devices)

@@ -28,6 +28,7 @@ MAX_RESPONSES = 3
 _SLIPS = (0.45, 0.3, 0.25)
 # Of this many parts of all problems, one is for tests and one for trying settings out.
 _PARTS = 20
+_DIGITS = re.compile("\n".join(f"{place}([0-9])" for place in PLACES))
 _TASK = "Add {} to each digit and keep the last digit:"
 _PROBLEM = re.compile(re.escape(_TASK).replace(r"\{\}", "([0-9])") + r"\n(.*)", re.DOTALL)
 
@@ -65,11 +66,10 @@ def read_digits(text: str) -> tuple[int, ...]:
     Raises:
       UsageError: If the text is anything else.
     """
-    lines = text.split("\n")
-    pattern = [f"{place}[0-9]" for place in PLACES]
-    if len(lines) != len(PLACES) or not all(map(re.fullmatch, pattern, lines)):
+    match = _DIGITS.fullmatch(text)
+    if match is None:
         raise UsageError(f"{text!r} does not list a digit for each of {', '.join(PLACES)}")
-    return tuple(int(line[1]) for line in lines)
+    return tuple(map(int, match.groups()))
 
 
 def read_problem(text: str) -> Problem:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from grm_jax.data import Comparison, Judgement
 from grm_jax.errors import UsageError
 from grm_jax.evaluation.verdicts import VerdictJudge
@@ -29,6 +31,7 @@ def open_judge(
     adapter: str | None,
     critic: str | None,
     settings: Mapping[str, Any],
+    mesh: Mesh | None = None,
 ) -> tuple[DecoderConfig, Judging]:
     """Loads a judge.
 
@@ -39,6 +42,7 @@ def open_judge(
       critic: For `cloud`, the model that writes critiques.
       settings: Of `GRM.judge_batch`, with the meta model by name; a kind uses those that concern
         it.
+      mesh: Where models are placed; the default device if None.
 
     Returns:
       The configuration of the decoder that costs are counted by, and what judges.
@@ -49,14 +53,14 @@ def open_judge(
     check_judge(kind, adapter=adapter, critic=critic, settings=settings)
     seed, samples = settings["seed"], settings["samples"]
     if kind == "grm":
-        grm = GRM.from_pretrained(model, adapter=adapter)
+        grm = GRM.from_pretrained(model, adapter=adapter, mesh=mesh)
         name = settings["meta_model"]
-        meta = None if name is None else GRM.meta_model(name)
+        meta = None if name is None else GRM.meta_model(name, mesh=mesh)
         more = {"meta_model": meta, "logprobs": True}
         return grm.config, lambda found: grm.judge_batch(found, **(dict(settings) | more))
     if kind == "verdict":
         judge = VerdictJudge(
-            grm=GRM.from_pretrained(model, adapter=adapter),
+            grm=GRM.from_pretrained(model, adapter=adapter, mesh=mesh),
             template=load_template(_VERDICT),
             settings=SamplingSettings(
                 temperature=settings["temperature"],
@@ -79,11 +83,11 @@ def open_judge(
         scalar_scores,
     )
 
-    classifier = GRM.meta_model(model, template=_META)
+    classifier = GRM.meta_model(model, template=_META, mesh=mesh)
     if kind == "cloud":
         writer = CriticJudge(
             model=classifier,
-            critic=GRM.from_pretrained(str(critic), adapter=None),
+            critic=GRM.from_pretrained(str(critic), adapter=None, mesh=mesh),
             temperature=settings["temperature"],
             max_new_tokens=settings["max_new_tokens"],
         )

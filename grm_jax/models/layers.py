@@ -4,6 +4,7 @@ Kernels are stored as `[outputs..., inputs...]`, the order of published checkpoi
 kernel may be stored quantised, and may have low-rank adapters beside it (`grm_jax.models.lora`).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,9 @@ from grm_jax.models.config import DecoderConfig
 from grm_jax.models.quantization import code_shape, dequantise, scale_shape
 
 Axes = tuple[str | None, ...]
+
+# Up to so many rows a product is faster on CPUs with the weights on the left.
+_FEW_ROWS = 128
 
 
 def param(
@@ -66,7 +70,7 @@ def product(
     With `weights_first` the compiler sees the product as kernel times x, which on CPUs is the fast
     order while x has few rows; the barrier keeps it from turning the order round again.
     """
-    if not weights_first:
+    if not weights_first or math.prod(x.shape[:-1]) > _FEW_ROWS:
         return jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=dtype)
     rows = x.reshape(-1, x.shape[-1])
     out = jnp.einsum("oi,ri->or", kernel, rows, preferred_element_type=dtype)

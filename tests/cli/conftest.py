@@ -45,7 +45,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture
 def judge(call: Call, tiny_grm: GRM, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Calls `grm-jax judge` with a tiny model under any name, and settings that suit it."""
-    monkeypatch.setattr(GRM, "from_pretrained", lambda name, adapter: tiny_grm)
+    monkeypatch.setattr(GRM, "from_pretrained", lambda name, adapter, mesh: tiny_grm)
     # Two samples and one order make one shape, and so one compilation for all tests.
     settings = ("--constrain", "--max-new-tokens", "80", "--samples", "2", "--orders", "fixed")
 

@@ -19,7 +19,7 @@ SETTINGS = ("--constrain", "--max-new-tokens", "60", "--samples", "1,2", "--orde
 @pytest.fixture
 def evaluate(call: Call, tiny_grm: GRM, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Calls `grm-jax eval` on RewardBench with a tiny model under any name."""
-    monkeypatch.setattr(GRM, "from_pretrained", lambda name, adapter: tiny_grm)
+    monkeypatch.setattr(GRM, "from_pretrained", lambda name, adapter, mesh: tiny_grm)
 
     def run(*arguments: str | Path) -> Any:
         return call("eval", "--benchmark", "rewardbench", *SETTINGS, *arguments)

@@ -175,6 +175,9 @@ def test_a_bad_record_is_reported_in_its_place_and_the_rest_is_judged(
         (["--template", "nosuch"], "no template 'nosuch'"),
         (["--adaptive", "--adaptive-error", "1"], "adaptive is 1.0"),
         (["--adaptive-error", "0.1"], "give --adaptive"),
+        (["--mesh", "data"], "--mesh is 'data'; write sizes of axes"),
+        (["--mesh", "tensor=3"], "mesh tensor=3 needs 3 devices, but there are 8"),
+        (["--mesh", "row=2"], "mesh axis 'row' does not exist"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_status_2(

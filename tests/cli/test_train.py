@@ -171,6 +171,52 @@ def finish(process: "subprocess.Popen[str]") -> Outcome:
     return Outcome(process.returncode, "", said)
 
 
+SAID = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "variables", "told"),
+    [(2, {}, [2]), (0, {}, []), (2, SAID, []), (2, {"JAX_NUM_CPU_DEVICES": "3"}, [])],
+)
+def test_cpus_look_like_as_many_devices_as_are_asked_for(
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int,
+    variables: dict[str, str],
+    told: list[int],
+) -> None:
+    """Unless the environment says how many."""
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found: dict[str, list[Any]] = {}
+    monkeypatch.setattr(
+        jax.config, "update", lambda name, value: found.setdefault(name, []).append(value)
+    )
+    config = tmp_path / "empty.py"
+    config.write_text(
+        "from grm_jax.training import spct\n\n\n"
+        "def get_config():\n    return spct.default_config()\n"
+    )
+    outcome = call(
+        "train", "--config", config, "--workdir", tmp_path, f"--config.cpu_devices={asked}"
+    )
+    assert "order is empty" in outcome.err
+    assert found.get("jax_num_cpu_devices", []) == told
+
+
+def test_fewer_than_no_devices(call: Call, tmp_path: Path) -> None:
+    outcome = call(
+        "train",
+        *("--config", ROOT / "configs" / "nano.py", "--workdir", tmp_path),
+        "--config.cpu_devices=-1",
+    )
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "cpu_devices is -1" in outcome.err
+
+
 @pytest.mark.slow
 def test_killed_and_stopped_programs_end_like_one_that_ran(
     call: Call, config: Path, tmp_path: Path

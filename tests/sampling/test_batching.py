@@ -3,15 +3,20 @@
 import dataclasses
 import gc
 import weakref
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grm_jax import GRM
 from grm_jax.distributed import make_mesh, tree_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import abstract_params, param_axes
+from grm_jax.sampling import batching
 from grm_jax.sampling.batching import JudgeSampler, PromptJob, SamplingSettings, sample_keys
+from tests.sums import questions
 
 TURNS = [{"role": "user", "content": "2+2?"}]
 
@@ -32,6 +37,49 @@ def test_a_judge_on_a_mesh(tiny_grm: GRM, shape: dict[str, int]) -> None:
     found = spread.judge(TURNS, ["4", "5"], **settings)
     assert [sample.text for sample in found.samples] == [sample.text for sample in wanted.samples]
     assert all(sample.text for sample in found.samples)
+
+
+@pytest.mark.parametrize("constrain", [False, True])
+def test_devices_share_out_the_records(tiny_grm: GRM, constrain: bool) -> None:
+    """Each of two devices does with its rows what one device does with as many."""
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = dataclasses.replace(
+        tiny_grm, params=jax.device_put(tiny_grm.params, everywhere), mesh=mesh
+    )
+    records = [
+        dataclasses.replace(one, responses=(one.responses[0] * (1 + 9 * number), "no"))
+        for number, one in enumerate(questions(5))
+    ]
+    settings: dict[str, Any] = {"samples": 3, "max_new_tokens": 80, "constrain": constrain}
+    wanted = list(tiny_grm.judge_batch(records, batch_rows=4, logprobs=True, **settings))
+    found = list(spread.judge_batch(records, batch_rows=8, logprobs=True, **settings))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.id, one.scores) == (other.id, other.scores)
+        for sample, usual in zip(one.samples, other.samples, strict=True):
+            assert sample.text == usual.text
+            assert sample.order == usual.order
+            assert sample.logprob == pytest.approx(usual.logprob, abs=2e-4)
+    assert len({sample.text for one in found for sample in one.samples}) == 15
+
+
+def test_few_jobs_are_dealt_to_all_devices(tiny_grm: GRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    spread = dataclasses.replace(sampler(tiny_grm, batch_rows=64), mesh=mesh)
+    seen: list[np.ndarray] = []
+
+    class Seen(Exception):
+        pass
+
+    def look(*arguments: Any, **_: Any) -> None:
+        seen.append(np.asarray(arguments[8]))
+        raise Seen
+
+    monkeypatch.setattr(batching, "decode", look)
+    assert spread.limit(spread.shape(job(10))) == 32
+    with pytest.raises(Seen):
+        spread.run([job(length) for length in (9, 10, 11, 9, 12)])
+    assert seen[0].any(axis=1).nonzero()[0].tolist() == [0, 1, 8, 16, 24]
 
 
 def sampler(grm: GRM, *, max_context: int = 4096, batch_rows: int | None = None) -> JudgeSampler:

@@ -200,17 +200,21 @@ def test_experts_and_latent_attention(tiny_grm: GRM, at_once: int) -> None:
     assert np.abs(found - exhaustive(grm, prompt, text, 2, low=1, high=10)).max() < 1e-5
 
 
-@pytest.mark.slow
-def test_a_judge_on_a_mesh(tiny_grm: GRM) -> None:
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+@pytest.mark.parametrize(
+    "shape", [pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow), {"data": 8}]
+)
+def test_a_judge_on_a_mesh(tiny_grm: GRM, shape: dict[str, int]) -> None:
+    mesh = make_mesh(shape)
     config = tiny_grm.config
     shardings = tree_shardings(param_axes(config), mesh, abstract_params(config))
-    prompt, text = list(b"user: 2+2?"), list(rb"ab \boxed{7, 10}.")
-    (wanted,) = reader(tiny_grm).expected(prompt, [text], 2)
+    prompt = list(b"user: 2+2?")
+    texts = [list(rb"ab \boxed{7, 10}."), list(rb"\boxed{1, 2}"), None]
+    wanted = reader(tiny_grm).expected(prompt, texts, 2)
     params = jax.device_put(tiny_grm.params, shardings)
     spread = dataclasses.replace(reader(tiny_grm), params=params, mesh=mesh)
-    (found,) = spread.expected(prompt, [text], 2)
-    assert found == pytest.approx(wanted, abs=1e-4)
+    for one, other in zip(spread.expected(prompt, texts, 2), wanted, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or one == pytest.approx(other, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grm_jax import GRM, UsageError
+from grm_jax.distributed import make_mesh
 from grm_jax.models import Params, abstract_params, reward
 from grm_jax.prompts import load_template
 from grm_jax.sampling import MetaModel
@@ -44,6 +46,14 @@ def test_rewards_are_those_of_each_sequence_alone(meta: MetaModel) -> None:
     for value, ids in zip(found, sequences, strict=True):
         alone = reward(meta.params, meta.config, np.asarray([ids]), np.asarray([len(ids)]))
         assert value == pytest.approx(float(alone[0]), abs=1e-4)
+
+
+def test_devices_share_out_the_sequences(meta: MetaModel) -> None:
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    params = jax.device_put(meta.params, NamedSharding(mesh, PartitionSpec()))
+    spread = dataclasses.replace(meta, params=params, mesh=mesh)
+    sequences = [meta.tokens(TURNS, RESPONSES, "abc" * number) for number in range(11)]
+    np.testing.assert_allclose(spread.rewards(sequences), meta.rewards(sequences), atol=1e-4)
 
 
 def test_only_the_trusted_samples_vote(tiny_grm: GRM, meta: MetaModel) -> None:
