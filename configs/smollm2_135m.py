@@ -36,17 +36,17 @@ def _adapters(config: ConfigDict) -> None:
 def _rft(path: str) -> ConfigDict:
     config = rft.default_config()
     _adapters(config)
-    config.data.comparisons = (f"{path}#0:120",)
+    config.data.comparisons = (f"{path}#0:80",)
     config.data.length = 512
     config.sampler.constrain = True
     config.sampler.samples = 3
     config.sampler.max_new_tokens = JUDGEMENT
     config.sampler.temperature = 0.7
     config.batch.rows = 4
-    config.steps = 30
+    config.steps = 24
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 3
-    config.checkpoint.every = 10
+    config.checkpoint.every = 8
     return config
 
 
@@ -59,7 +59,7 @@ def _rl(path: str) -> ConfigDict:
     config.rollout.max_new_tokens = JUDGEMENT
     config.batch.rows = 16
     config.batch.accumulate = 4
-    config.steps = 8
+    config.steps = 6
     config.loss.beta = 0.01
     config.optimizer.learning_rate = 1e-4
     config.checkpoint.every = 2
@@ -68,7 +68,7 @@ def _rl(path: str) -> ConfigDict:
 
 def _eval(path: str) -> ConfigDict:
     config = evaluation.default_config()
-    config.data.comparisons = (f"{path}#700:764",)
+    config.data.comparisons = (f"{path}#700:748",)
     config.models = {"base": NAME, "base_constrained": NAME, "rft": NAME, "rl": NAME}
     config.constrained = ("base_constrained",)
     config.adapters = {"rft": "{workdir}/rft/model", "rl": "{workdir}/rl/model"}

@@ -20,7 +20,7 @@ import optax
 from examples.sevens import DIGITS, main, true_score
 from grm_jax.adapters import Scorer, Task
 from grm_jax.adapters.scoring import Judge
-from grm_jax.distributed import make_mesh, tree_shardings
+from grm_jax.distributed import make_mesh, tree_shardings, with_shardings
 from grm_jax.models import abstract_params, family_config, init_params, param_axes
 from grm_jax.rewards import group_advantages
 from grm_jax.training.learner import make_learner
@@ -108,11 +108,7 @@ def train(
         loss,
         lambda batch: loss_denominator(batch.mask.reshape(-1, batch.mask.shape[-1])),
         Optimizer(optax.adam(rate), optax.constant_schedule(rate)),
-        params=jax.tree.map(
-            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
-            shapes,
-            shardings,
-        ),
+        params=with_shardings(shapes, shardings),
         frozen={},
         mesh=mesh,
     )

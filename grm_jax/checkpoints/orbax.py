@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from grm_jax.checkpoints.safetensors import read_json, write_json
 from grm_jax.checkpoints.weights import Checkpoint
+from grm_jax.distributed import with_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Experts, Latent, Lora, Params, Rope, abstract_params
 
@@ -50,11 +51,7 @@ def open_orbax(folder: Path) -> Checkpoint:
         if shardings is None:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             shardings = jax.tree.map(lambda _: here, abstract_params(config))
-        wanted = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_params(config, dtype),
-            shardings,
-        )
+        wanted = with_shardings(abstract_params(config, dtype), shardings)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 params: Params = checkpointer.restore(folder / PARAMS, wanted)

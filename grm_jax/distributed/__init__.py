@@ -13,6 +13,7 @@ from grm_jax.distributed.mesh import (
     make_mesh,
     split_rows,
     tree_shardings,
+    with_shardings,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "place_of",
     "split_rows",
     "tree_shardings",
+    "with_shardings",
 ]

@@ -184,6 +184,23 @@ def tree_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RUL
     )
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes together with where their arrays are to live.
+
+    Args:
+      shapes: Tree of arrays or `jax.ShapeDtypeStruct`s.
+      shardings: Tree of the same structure, with the sharding of each.
+
+    Returns:
+      Tree of `jax.ShapeDtypeStruct`s with shardings.
+    """
+    return jax.tree.map(
+        lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
+        shapes,
+        shardings,
+    )
+
+
 def _is_axes(node: object) -> bool:
     # Exactly `tuple`: a NamedTuple is a node of the tree, such as an optimiser's state.
     return type(node) is tuple and all(name is None or isinstance(name, str) for name in node)

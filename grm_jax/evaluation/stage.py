@@ -20,11 +20,13 @@ from grm_jax.data.output import LineWriter
 from grm_jax.data.pipeline import Source
 from grm_jax.distributed import local_mesh
 from grm_jax.errors import UsageError
+from grm_jax.evaluation.adaptive import adaptive_votes
 from grm_jax.evaluation.judged import Judged, judged_from_records, read_judgements
 from grm_jax.evaluation.methods import WEIGHTED
 from grm_jax.evaluation.metrics import auc, bootstrap_mean, correctness
 from grm_jax.evaluation.scaling import plot_curve, scaling_curve
 from grm_jax.judge import GRM
+from grm_jax.rewards import STATED_ERROR
 from grm_jax.training.comparisons import all_comparisons, open_records
 from grm_jax.training.config import Settings
 
@@ -132,6 +134,7 @@ def run(settings: Settings, workdir: Path) -> bool:
             votes = _judge(name, grm, comparisons, workdir / "sampled.jsonl", sampled, meta)
             arrays = (votes.scores, votes.valid, votes.right, votes.counts)
             found["curves"]["vote"] = scaling_curve(*arrays, ks=ks, seed=seed)
+            found["adaptive"] = _adaptive(votes, seed)
             if votes.meta is not None:
                 for share in shares:
                     found["curves"][f"guided vote of {share:.0%}"] = [
@@ -196,10 +199,32 @@ def _strict(judged: Judged) -> np.ndarray:
     return (np.stack(each, axis=1) > 0) & judged.valid
 
 
+def _adaptive(judged: Judged, seed: int) -> dict[str, Any]:
+    """What stopping early would have saved and cost: votes against those of all samples."""
+    early = adaptive_votes(judged.scores, judged.valid, judged.counts)
+    totals = np.sum(judged.scores * judged.valid[..., None], axis=1)
+    full, fewer = (
+        correctness(one, judged.right, judged.counts, ties="half") for one in (totals, early.totals)
+    )
+    return {
+        "error": STATED_ERROR,
+        "samples": float(early.used.mean()),
+        "accuracy": float(fewer.mean()),
+        "changed": float(early.changed.mean()),
+        "difference": dataclasses.asdict(bootstrap_mean(fewer - full, seed=seed)),
+    }
+
+
 def _table(found: dict[str, Any]) -> str:
     lines = [f"chance {100 * found['chance']:.1f} %"]
     for name, one in found["greedy"].items():
         lines.append(f"{name}, greedy: {100 * one['value']:.1f} %")
     for name, points in found["curves"].items():
         lines += [f"{name} at {p.k}: {100 * p.accuracy:.1f} %" for p in points]
+    if "adaptive" in found:
+        early = found["adaptive"]
+        lines.append(
+            f"vote that stops early: {100 * early['accuracy']:.1f} % with {early['samples']:.1f} "
+            "samples on average"
+        )
     return "\n".join(f"grm-jax: {line}" for line in lines)

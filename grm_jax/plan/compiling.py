@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from grm_jax.distributed import with_shardings
 from grm_jax.errors import UsageError
 from grm_jax.plan.chips import GIB, Topology
 from grm_jax.plan.costs import Cost, program_cost
@@ -102,12 +103,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
     report = report_of(
         program, stage, topology, cost, memory, method="compiled", loops=loops, seconds=seconds
     )
-    outputs = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        compiled.output_shardings,
-    )
-    return report, outputs
+    return report, with_shardings(shapes, compiled.output_shardings)
 
 
 def text_of(compiled: Any) -> str:

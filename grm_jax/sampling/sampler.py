@@ -284,13 +284,14 @@ def decode(
         # cache is read before it is written, would copy it.
         own = _append(own, new, jnp.minimum(step, step + token.min()))
         alive = ~_finished(out, controls)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=-1)
         ended = (token[..., None] == eos).any(axis=-1)
         out = Rollouts(
-            tokens=out.tokens.at[:, :, step].set(token),
+            tokens=put(out.tokens, token),
             length=out.length + alive,
             stopped=out.stopped | (alive & ended),
-            logprobs=out.logprobs.at[:, :, step].set(logprob),
-            sampled_logprobs=out.sampled_logprobs.at[:, :, step].set(sampled),
+            logprobs=put(out.logprobs, logprob),
+            sampled_logprobs=put(out.sampled_logprobs, sampled),
         )
         return step + 1, token, own, at, out
 

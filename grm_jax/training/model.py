@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from grm_jax import checkpoints
 from grm_jax.data.pipeline import Batches
-from grm_jax.distributed import tree_shardings
+from grm_jax.distributed import tree_shardings, with_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import (
     DecoderConfig,
@@ -417,8 +417,4 @@ def _lora(settings: Settings) -> Lora | None:
 
 
 def _placed(config: DecoderConfig, shapes: Params, mesh: Mesh) -> Params:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(param_axes(config), mesh, shapes),
-    )
+    return dict(with_shardings(shapes, tree_shardings(param_axes(config), mesh, shapes)))
