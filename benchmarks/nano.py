@@ -145,10 +145,13 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ks = [point["k"] for point in runs[0]["curves"]["vote"]]
-    for curve in runs[0]["curves"]:
+    curves = list(runs[0]["curves"])
+    for place, curve in enumerate(curves):
         found = 100 * np.asarray([accuracies(runs, curve, k) for k in ks])
         error = found.std(axis=1, ddof=1) / found.shape[1] ** 0.5 if found.shape[1] > 1 else None
-        axes.errorbar(ks, found.mean(axis=1), yerr=error, marker="o", capsize=3, label=curve)
+        # Side by side, so that no bar hides another.
+        beside = np.asarray(ks) * 2 ** (0.1 * (place - (len(curves) - 1) / 2))
+        axes.errorbar(beside, found.mean(axis=1), yerr=error, marker="o", capsize=3, label=curve)
     for name, style in zip(runs[0]["greedy"], (":", "--"), strict=True):
         level = 100 * np.mean([one["greedy"][name]["value"] for one in runs])
         axes.axhline(level, linestyle=style, color="grey", label=f"{name}, greedy")
