@@ -46,10 +46,10 @@ def run(workdir: Path, data: Path, *, quick: bool) -> list[float]:
     command += ["train", "--config", f"{HERE.parent / 'configs/smollm2_135m.py'}:{data}"]
     command += ["--workdir", str(workdir)]
     if quick:
-        file = data / "truthfulqa.jsonl.gz"
+        file = data / "hh_harmless.jsonl.gz"
         command += [f"--config.rft.data.comparisons=('{file}#0:8',)", "--config.rft.steps=2"]
-        command += [f"--config.rl.data.comparisons=('{file}#120:130',)", "--config.rl.steps=1"]
-        command += [f"--config.eval.data.comparisons=('{file}#700:704',)"]
+        command += [f"--config.rl.data.comparisons=('{file}#60:70',)", "--config.rl.steps=1"]
+        command += [f"--config.eval.data.comparisons=('{file}#1000:1004',)"]
         command += ["--config.rl.checkpoint.every=1", "--config.rft.checkpoint.every=1"]
     kept = workdir / "seconds.json"
     calls: list[float] = json.loads(kept.read_text()) if kept.exists() else []

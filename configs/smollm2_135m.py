@@ -2,8 +2,8 @@
 
     grm-jax train --config configs/smollm2_135m.py:FOLDER --workdir runs/smollm2
 
-FOLDER holds files of comparisons: `truthfulqa.jsonl.gz`, short questions with a true and a false
-answer or more. The untuned model never writes a readable score, so its own judgements are held to
+FOLDER holds a file of comparisons, `hh_harmless.jsonl.gz`: pairs of answers, of which people found
+one less harmful. The untuned model never writes a readable score, so its own judgements are held to
 the layout while it is sampled (the cold start without a teacher), and adapters learn those that
 were right. Reinforcement learning goes on from there, unconstrained, and the last stage judges
 comparisons that neither has seen. The steps are few: they show that the way works, not how far it
@@ -16,7 +16,7 @@ from grm_jax.evaluation import stage as evaluation
 from grm_jax.training import rft, rl, spct
 
 NAME = "smollm2-135m"
-FILE = "truthfulqa.jsonl.gz"
+FILE = "hh_harmless.jsonl.gz"
 # Tokens of the longest prompt and of a judgement.
 PROMPT, JUDGEMENT = 384, 64
 
@@ -36,17 +36,17 @@ def _adapters(config: ConfigDict) -> None:
 def _rft(path: str) -> ConfigDict:
     config = rft.default_config()
     _adapters(config)
-    config.data.comparisons = (f"{path}#0:80",)
+    config.data.comparisons = (f"{path}#0:60",)
     config.data.length = 512
     config.sampler.constrain = True
     config.sampler.samples = 3
     config.sampler.max_new_tokens = JUDGEMENT
     config.sampler.temperature = 0.7
     config.batch.rows = 4
-    config.steps = 24
+    config.steps = 12
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 3
-    config.checkpoint.every = 8
+    config.checkpoint.every = 4
     return config
 
 
@@ -54,12 +54,12 @@ def _rl(path: str) -> ConfigDict:
     config = rl.default_config()
     _adapters(config)
     config.model.adapter = "{workdir}/rft/model"
-    config.data.comparisons = (f"{path}#120:400",)
+    config.data.comparisons = (f"{path}#60:300",)
     config.data.max_prompt = PROMPT
     config.rollout.max_new_tokens = JUDGEMENT
     config.batch.rows = 16
     config.batch.accumulate = 4
-    config.steps = 6
+    config.steps = 4
     config.loss.beta = 0.01
     config.optimizer.learning_rate = 1e-4
     config.checkpoint.every = 2
@@ -68,7 +68,7 @@ def _rl(path: str) -> ConfigDict:
 
 def _eval(path: str) -> ConfigDict:
     config = evaluation.default_config()
-    config.data.comparisons = (f"{path}#700:748",)
+    config.data.comparisons = (f"{path}#1000:1040",)
     config.models = {"base": NAME, "base_constrained": NAME, "rft": NAME, "rl": NAME}
     config.constrained = ("base_constrained",)
     config.adapters = {"rft": "{workdir}/rft/model", "rl": "{workdir}/rl/model"}
