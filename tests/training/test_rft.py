@@ -114,7 +114,7 @@ def finished(folder: Path) -> tuple[Path, list[Shown], str]:
     learn = rft.sft.train_on_sequences
     said = folder / "said"
     with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
-        patch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
+        patch.setattr(trajectories, "local_mesh", lambda shape: None)
         patch.setattr(rounds, "render", seen_render)
         patch.setattr(rounds, "encode_chat", seen_encode)
         patch.setattr(GRM, "from_pretrained", seen_judge)
@@ -197,7 +197,7 @@ def test_processes_share_the_work(
     templates = load_templates(changed["prompt.template"], changed["prompt.single"])
     found = rft.all_comparisons(rft.comparison_sources(changed, tmp_path))
     usable = [item for item in found if templates.of(item) is not None]
-    monkeypatch.setattr(trajectories, "_sampling_mesh", lambda shape: None)
+    monkeypatch.setattr(trajectories, "local_mesh", lambda shape: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
