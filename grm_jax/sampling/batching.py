@@ -148,10 +148,11 @@ def _key_data(key: jax.Array, count: int) -> jax.Array:
 
 def loop_decoder(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
     """The decoder in the form in which its devices run the loop over tokens fastest."""
-    return cpu_decoder(config, params) if _on_cpu(params) else (config, params)
+    return cpu_decoder(config, params) if on_cpu(params) else (config, params)
 
 
-def _on_cpu(params: Params) -> bool:
+def on_cpu(params: Params) -> bool:
+    """Whether the parameters lie on CPUs."""
     return all(device.platform == "cpu" for device in jax.tree.leaves(params)[0].devices())
 
 
@@ -198,7 +199,7 @@ class JudgeSampler:
 
     @property
     def _cpu(self) -> bool:
-        return _on_cpu(self.params)
+        return on_cpu(self.params)
 
     @functools.cached_property
     def _text_mask(self) -> jax.Array:

@@ -30,7 +30,7 @@ import numpy as np
 from grm_jax.distributed import batch_parts, split_rows
 from grm_jax.models import DecoderConfig, Params, Segment, forward, forward_parallel, unembed
 from grm_jax.prompts import Tokenizer
-from grm_jax.sampling.batching import PromptJob, PromptResult
+from grm_jax.sampling.batching import PromptJob, PromptResult, on_cpu
 from grm_jax.sampling.sampler import prefill
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
@@ -170,8 +170,7 @@ class ScoreReader:
     def _together(self) -> int:
         if self.at_once is not None:
             return self.at_once
-        on_cpu = all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
-        return batch_parts(self._split) * (1 if on_cpu else _ACCELERATOR_SAMPLES)
+        return batch_parts(self._split) * (1 if on_cpu(self.params) else _ACCELERATOR_SAMPLES)
 
     @property
     def _split(self) -> jax.sharding.Mesh | None:

@@ -11,6 +11,7 @@ from grm_jax.distributed import batch_parts, split_rows
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, reward
 from grm_jax.prompts import Template, Tokenizer, encode_chat, render
+from grm_jax.sampling.batching import on_cpu
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
 _CPU_TOKENS = 8_192
@@ -94,8 +95,7 @@ class MetaModel:
         """The meta rewards `f32[n]` of n token sequences, from `tokens`."""
         lengths = np.asarray([len(ids) for ids in sequences], np.int32)
         size = bucket(int(lengths.max()))
-        on_cpu = all(d.platform == "cpu" for d in jax.tree.leaves(self.params)[0].devices())
-        rows = max(1, (_CPU_TOKENS if on_cpu else _ACCELERATOR_TOKENS) // size)
+        rows = max(1, (_CPU_TOKENS if on_cpu(self.params) else _ACCELERATOR_TOKENS) // size)
         # Whole powers of two, so that few programs are compiled.
         parts = batch_parts(self.mesh)
         rows = parts * min(1 << (rows.bit_length() - 1), power_of_two(-(-len(sequences) // parts)))
