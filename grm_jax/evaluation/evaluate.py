@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grm_jax.evaluation.adaptive import adaptive_votes
+from grm_jax.evaluation.adaptive import early_stopping
 from grm_jax.evaluation.benchmarks import Benchmark
 from grm_jax.evaluation.cost import ModelCost, cost_at
 from grm_jax.evaluation.judged import Judged
@@ -31,7 +31,6 @@ from grm_jax.evaluation.metrics import (
     unreadable_rate,
 )
 from grm_jax.evaluation.scaling import resampled_correctness, sample_subsets, subset_totals
-from grm_jax.rewards import STATED_ERROR
 
 _DRAWS = 200
 _SLOW_DRAWS = 16
@@ -143,9 +142,9 @@ def evaluate(
         },
         "positions": _positions(judged),
         "lengths": _lengths(judged),
-        "adaptive": _adaptive(judged, measures[0], points["vote", max(ks)], ties, resamples, seed)
-        if not judged.stopped_early
-        else _stopped(judged, measures[0], points["vote", max(ks)], stated_error),
+        "adaptive": _adaptive(
+            judged, measures[0], points["vote", max(ks)], ties, resamples, seed, stated_error
+        ),
         "meta": _reliability(judged, judged.meta),
         "confidence": _reliability(judged, judged.logprob),
     }
@@ -312,35 +311,29 @@ def _by_tie_policy(judged: Judged, total: Measure, k: int, seed: int) -> dict[st
 
 
 def _adaptive(
-    judged: Judged, total: Measure, full: Point, ties: TiePolicy, resamples: int, seed: int
-) -> dict[str, Any] | None:
-    """What stopping early would have saved and cost, from samples that were all drawn."""
+    judged: Judged,
+    total: Measure,
+    full: Point,
+    ties: TiePolicy,
+    resamples: int,
+    seed: int,
+    stated_error: float | None,
+) -> list[dict[str, Any]]:
+    """What stopping early would have saved and cost; where sampling did stop, what was drawn."""
+    if judged.stopped_early:
+        return [
+            {
+                "error": stated_error,
+                "mean_samples": judged.drawn[total.members].sum(axis=1).mean(),
+                "token_share": None,
+                "changed": None,
+                "value": measure_value(total, judged, full.correct, full.means),
+                "difference": {"value": None, "low": None, "high": None},
+            }
+        ]
     if _needs_means(total) or judged.samples < 3:
-        return None
-    votes = adaptive_votes(judged.scores, judged.valid, judged.counts)
-    correct = correctness(votes.totals, judged.right, judged.counts, ties=ties, seed=seed)
-    drawn = measure_resamples(total, judged, correct - full.correct, [], resamples=resamples)
-    change = measure_value(total, judged, correct - full.correct, [])
-    found = difference_of(change, drawn)
-    members = total.members
-    return {
-        "error": STATED_ERROR,
-        "mean_samples": float(votes.used[members].mean()),
-        "changed": float(votes.changed[members].mean()),
-        "value": measure_value(total, judged, correct, []),
-        "difference": {"value": found.value, "low": found.low, "high": found.high},
-    }
-
-
-def _stopped(judged: Judged, total: Measure, point: Point, error: float | None) -> dict[str, Any]:
-    """What was drawn, where sampling did stop early."""
-    return {
-        "error": error,
-        "mean_samples": float(judged.drawn[total.members].sum(axis=1).mean()),
-        "changed": None,
-        "value": measure_value(total, judged, point.correct, point.means),
-        "difference": {"value": None, "low": None, "high": None},
-    }
+        return []
+    return early_stopping(judged, total, full.correct, ties=ties, resamples=resamples, seed=seed)
 
 
 def _positions(judged: Judged) -> dict[str, Any] | None:

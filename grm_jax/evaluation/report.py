@@ -241,21 +241,22 @@ def _difference_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _adaptive_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["judge", "error", "mean samples", "of", "total", "difference", "winner changed"]]
+    columns = ["judge", "error", "mean samples", "of", "tokens", "total", "difference"]
+    rows = [[*columns, "winner changed"]]
     for model in models:
-        found = model["adaptive"]
-        if found:
-            rows.append(
-                [
-                    model["name"],
-                    _share(found["error"]),
-                    f"{found['mean_samples']:.1f}",
-                    str(model["samples"]),
-                    _share(found["value"]),
-                    _percent(found["difference"]),
-                    _share(found["changed"]),
-                ]
-            )
+        rows += [
+            [
+                model["name"],
+                _share(found["error"]),
+                f"{found['mean_samples']:.1f}",
+                str(model["samples"]),
+                _share(found["token_share"]),
+                _share(found["value"]),
+                _percent(found["difference"]),
+                _share(found["changed"]),
+            ]
+            for found in model["adaptive"]
+        ]
     return rows
 
 

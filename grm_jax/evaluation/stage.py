@@ -20,13 +20,13 @@ from grm_jax.data.output import LineWriter
 from grm_jax.data.pipeline import Source
 from grm_jax.distributed import local_mesh
 from grm_jax.errors import UsageError
-from grm_jax.evaluation.adaptive import adaptive_votes
+from grm_jax.evaluation.adaptive import early_stopping
 from grm_jax.evaluation.judged import Judged, judged_from_records, read_judgements
+from grm_jax.evaluation.measures import Measure
 from grm_jax.evaluation.methods import WEIGHTED
 from grm_jax.evaluation.metrics import auc, bootstrap_mean, correctness
 from grm_jax.evaluation.scaling import plot_curve, scaling_curve
 from grm_jax.judge import GRM
-from grm_jax.rewards import STATED_ERROR
 from grm_jax.training.comparisons import all_comparisons, open_records
 from grm_jax.training.config import Settings
 
@@ -199,20 +199,12 @@ def _strict(judged: Judged) -> np.ndarray:
     return (np.stack(each, axis=1) > 0) & judged.valid
 
 
-def _adaptive(judged: Judged, seed: int) -> dict[str, Any]:
+def _adaptive(judged: Judged, seed: int) -> list[dict[str, Any]]:
     """What stopping early would have saved and cost: votes against those of all samples."""
-    early = adaptive_votes(judged.scores, judged.valid, judged.counts)
     totals = np.sum(judged.scores * judged.valid[..., None], axis=1)
-    full, fewer = (
-        correctness(one, judged.right, judged.counts, ties="half") for one in (totals, early.totals)
-    )
-    return {
-        "error": STATED_ERROR,
-        "samples": float(early.used.mean()),
-        "accuracy": float(fewer.mean()),
-        "changed": float(early.changed.mean()),
-        "difference": dataclasses.asdict(bootstrap_mean(fewer - full, seed=seed)),
-    }
+    correct = correctness(totals, judged.right, judged.counts, ties="half")
+    everything = Measure(name="all", metric="accuracy", members=np.arange(len(correct)), level=0)
+    return early_stopping(judged, everything, correct, ties="half", seed=seed)
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -221,10 +213,9 @@ def _table(found: dict[str, Any]) -> str:
         lines.append(f"{name}, greedy: {100 * one['value']:.1f} %")
     for name, points in found["curves"].items():
         lines += [f"{name} at {p.k}: {100 * p.accuracy:.1f} %" for p in points]
-    if "adaptive" in found:
-        early = found["adaptive"]
+    for early in found.get("adaptive", ()):
         lines.append(
-            f"vote that stops early: {100 * early['accuracy']:.1f} % with {early['samples']:.1f} "
-            "samples on average"
+            f"vote that stops early, at a stated error of {early['error']:.0%}: "
+            f"{100 * early['value']:.1f} % with {early['mean_samples']:.1f} samples on average"
         )
     return "\n".join(f"grm-jax: {line}" for line in lines)

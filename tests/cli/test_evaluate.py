@@ -119,7 +119,7 @@ def test_samples_that_stop_early(evaluate: Call, rows: Path, tmp_path: Path) -> 
         for line in (out / "judgements.jsonl").read_text().splitlines()
     ]
     assert min(drawn) < 8
-    assert model["adaptive"]["mean_samples"] == sum(drawn) / len(drawn)
+    assert model["adaptive"][0]["mean_samples"] == sum(drawn) / len(drawn)
     assert [point["k"] for point in model["curves"]["vote"]] == [8]
     assert "| 40.0 |" in (out / "report.md").read_text()
 

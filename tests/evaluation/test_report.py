@@ -35,8 +35,14 @@ def test_results_hold_every_number(folder: Path) -> None:
     policies = model["tie_policies"]
     assert policies["strict"] <= policies["half"]
     assert points[-1]["scores"]["total"]["value"] == pytest.approx(policies["half"])
-    assert model["adaptive"]["mean_samples"] <= 8
-    assert model["adaptive"]["changed"] <= 0.05
+    early = model["adaptive"]
+    assert [one["error"] for one in early] == [0.01, 0.02, 0.05, 0.1]
+    drawn = [one["mean_samples"] for one in early]
+    assert drawn == sorted(drawn, reverse=True)
+    assert drawn[-1] < drawn[0] <= 8
+    # Every judgement is made up of as many tokens, so their share is that of samples.
+    assert [8 * one["token_share"] for one in early] == pytest.approx(drawn, rel=0.05)
+    assert all(one["changed"] <= 0.05 for one in early)
     assert 0 < model["unreadable"]["samples"] < 0.15
     assert 0.7 < model["meta"]["auc"] < 0.95
     assert [one["k_meta"] for one in model["curves"]["guided, half"]] == [1, 1, 4]
