@@ -1,5 +1,6 @@
 """Plain answers from a judge's model: what it writes to a conversation, free of any layout."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from grm_jax.sampling.batching import (
     SamplingSettings,
     sample_keys,
 )
+from grm_jax.sampling.stream import JudgeStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,6 @@ def complete(
         (chat_jobs(sampler, chat, samples=samples, seed=seed) for chat in chats),
         jobs=lambda jobs: jobs,
         shape=sampler.shape,
-        limit=sampler.limit,
-        run=sampler.run,
+        open_stream=functools.partial(JudgeStream, sampler),
     )
     return [read_answers(sampler, results) for _, results in finished]

@@ -40,10 +40,12 @@ from grm_jax.sampling import (
     SCORE_POLICIES,
     MetaModel,
     ScoreReader,
+    Stream,
     power_of_two,
     run_in_order,
 )
 from grm_jax.sampling.batching import (
+    JobShape,
     JudgeSampler,
     PromptJob,
     PromptResult,
@@ -51,13 +53,14 @@ from grm_jax.sampling.batching import (
     loop_decoder,
 )
 from grm_jax.sampling.orders import ORDER_POLICIES
+from grm_jax.sampling.stream import JudgeStream
 
 DEFAULT_TEMPLATE = "compact"
 """Short enough for the built-in models; released 16B and 27B judges expect `paper`'s structure."""
 
 
-Runner = Callable[[Sequence[PromptJob]], list[PromptResult]]
-"""Runs a batch of jobs of equal shape."""
+Opener = Callable[[JobShape], Stream[PromptJob, PromptResult]]
+"""Opens the stream in which jobs of a shape run."""
 
 
 def load_model(
@@ -337,8 +340,7 @@ class GRM:
             (plan(comparison) for comparison in comparisons),
             jobs=lambda record: record.first_round,
             shape=sampler.shape,
-            limit=sampler.limit,
-            run=self.runner(sampler, scores),
+            open_stream=self.opener(sampler, scores),
             more=more,
             # Enough to fill a batch even if every record is shown in one order only.
             lookahead=max(64, sampler.rows),
@@ -349,15 +351,15 @@ class GRM:
             for record, results in finished
         )
 
-    def runner(self, sampler: JudgeSampler, scores: str) -> Runner:
-        """What runs a batch of jobs: the sampler, and behind it what expected scores need.
+    def opener(self, sampler: JudgeSampler, scores: str) -> Opener:
+        """What opens the streams that a sampler's jobs run in, with what expected scores need.
 
         Args:
           sampler: Of this judge's model.
           scores: `"sampled"` or `"expected"`.
         """
         if scores == "sampled":
-            return sampler.run
+            return functools.partial(JudgeStream, sampler)
         reader = ScoreReader(
             params=self.params,
             config=self.config,
@@ -366,11 +368,7 @@ class GRM:
             high=sampler.settings.high,
             mesh=self.mesh,
         )
-
-        def run(jobs: Sequence[PromptJob]) -> list[PromptResult]:
-            return list(map(reader.add_expected, jobs, sampler.run(jobs)))
-
-        return run
+        return functools.partial(JudgeStream, sampler, finish=reader.add_expected)
 
     def _judgement(
         self,

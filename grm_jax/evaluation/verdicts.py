@@ -5,9 +5,9 @@ named, among all that it could have named (arXiv:2504.02495, section 5, "TokenPr
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import final
+from typing import TypeVar, final
 
 import jax
 import numpy as np
@@ -26,7 +26,9 @@ from grm_jax.sampling.batching import (
     PromptResult,
     SamplingSettings,
 )
+from grm_jax.sampling.stream import JudgeStream
 
+Key = TypeVar("Key", bound=Hashable)
 _Job = tuple[int, PromptJob]
 """How many responses there are to choose from, and what is to run."""
 
@@ -108,8 +110,7 @@ class VerdictJudge:
             plans,
             jobs=_jobs,
             shape=shape,
-            limit=lambda found: self._sampler(found[0]).limit(found[1]),
-            run=lambda jobs: self._sampler(jobs[0][0]).run([job for _, job in jobs]),
+            open_stream=lambda found: _VerdictStream(self._sampler(found[0]), found[1]),
         )
         for plan, results in finished:
             yield self._judgement(plan, results, seed)
@@ -203,6 +204,28 @@ def concluded(
         best=int(ranking[0]),
         tied=tuple(np.flatnonzero(tied).tolist()),
     )
+
+
+@final
+class _VerdictStream:
+    """A stream of jobs that come with their number of responses."""
+
+    def __init__(self, sampler: JudgeSampler, shape: JobShape) -> None:
+        self._stream = JudgeStream(sampler, shape)
+
+    @property
+    def room(self) -> int:
+        return self._stream.room
+
+    @property
+    def running(self) -> int:
+        return self._stream.running
+
+    def run(self, jobs: Mapping[Key, _Job], *, steps: int | None = None) -> dict[Key, PromptResult]:
+        return self._stream.run({key: job for key, (_, job) in jobs.items()}, steps=steps)
+
+    def drop(self, keys: Set[Hashable]) -> None:
+        self._stream.drop(keys)
 
 
 def _jobs(plan: Planned) -> list[_Job]:

@@ -1,4 +1,4 @@
-"""Sampling judgements: orders, batches, the layout constraint and the decoding loop."""
+"""Sampling judgements: orders, streams of jobs, the layout constraint and the decoding loop."""
 
 from grm_jax.sampling.expected import SCORE_POLICIES, ScoreReader
 from grm_jax.sampling.layout import Layout, judgement_layout
@@ -13,7 +13,7 @@ from grm_jax.sampling.sampler import (
     prefill,
     truncate,
 )
-from grm_jax.sampling.scheduling import LENGTHS, bucket, power_of_two, run_in_order
+from grm_jax.sampling.scheduling import LENGTHS, Stream, bucket, power_of_two, run_in_order
 
 __all__ = [
     "LENGTHS",
@@ -24,6 +24,7 @@ __all__ = [
     "MetaModel",
     "Rollouts",
     "ScoreReader",
+    "Stream",
     "bucket",
     "decode",
     "empty_prefix",

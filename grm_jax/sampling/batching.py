@@ -1,13 +1,10 @@
-"""From prompts to scored samples: batches on the device, results on the host.
+"""What is to be sampled and how: jobs, settings, and the shapes of the batches that jobs run in.
 
-Everything between the prompt's tokens and the scores in input order happens on the device; the host
-receives tokens (for the critique) and scores together.
+A batch runs in `grm_jax.sampling.stream`.
 """
 
-import contextlib
 import functools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,20 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grm_jax import grammar
-from grm_jax.distributed import batch_parts, split_rows
+from grm_jax.distributed import batch_parts
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params, Segment, cpu_decoder
+from grm_jax.models import DecoderConfig, Params, cpu_decoder
 from grm_jax.prompts import Tokenizer
-from grm_jax.rewards import extract_scores, restore_order
 from grm_jax.sampling.layout import Layout, judgement_layout
-from grm_jax.sampling.sampler import (
-    Controls,
-    Rollouts,
-    decode,
-    empty_prefix,
-    place_prefix,
-    prefill,
-)
+from grm_jax.sampling.sampler import Controls
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
 # Rows of a decoding batch on each device if the caller does not say, always: kernels choose how to
@@ -42,6 +31,9 @@ _LEAST_ROOM = 512
 # Tokens of prompts that are read at a time, for each row of a decoding batch: about what fills the
 # machine.
 _READ_TOKENS = 8
+# One in so many rows of a batch is to have ended before they are filled again: with more, ended
+# rows wait for slow ones; with fewer, prompts are read one by one.
+_REFILL = 4
 _CPU_CACHE_BYTES = 2 << 30
 _ACCELERATOR_CACHE_BYTES = 16 << 30
 
@@ -175,7 +167,7 @@ class JobShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JudgeSampler:
-    """A model, its tokenizer and sampling settings: runs batches of `PromptJob`s.
+    """A model, its tokenizer and sampling settings: what a batch of `PromptJob`s is run with.
 
     Over a mesh, the jobs of a batch are dealt out to its `data` and `fsdp` axes.
 
@@ -202,7 +194,8 @@ class JudgeSampler:
         return on_cpu(self.params)
 
     @functools.cached_property
-    def _text_mask(self) -> jax.Array:
+    def text_mask(self) -> jax.Array:
+        """`bool[V]`, the tokens that free text of a layout may have."""
         mask = np.ones(self.config.vocab_size, bool)
         mask[sorted(self.tokenizer.control_ids)] = False
         return jnp.asarray(mask)
@@ -236,7 +229,8 @@ class JudgeSampler:
         return min(self.rows, each if orders == 1 else max(1, each // 2))
 
     @property
-    def _parts(self) -> int:
+    def parts(self) -> int:
+        """In how many parts the devices split a batch."""
         return batch_parts(self.mesh)
 
     @property
@@ -244,7 +238,7 @@ class JudgeSampler:
         """Rows of a decoding batch, over all devices."""
         if self.settings.batch_rows is not None:
             return self.settings.batch_rows
-        return self._parts * (_CPU_ROWS if self._cpu else _ACCELERATOR_ROWS)
+        return self.parts * (_CPU_ROWS if self._cpu else _ACCELERATOR_ROWS)
 
     @property
     def _least_room(self) -> int:
@@ -266,139 +260,24 @@ class JudgeSampler:
         c = self.config
         size = shape.prompt * c.cache_width * jnp.dtype(c.dtype).itemsize
         memory = _CPU_CACHE_BYTES if self._cpu else _ACCELERATOR_CACHE_BYTES
-        by_rows = self.rows // shape.samples // self._parts
-        return self._parts * max(1, min(by_rows, memory // size))
+        by_rows = self.rows // shape.samples // self.parts
+        return self.parts * max(1, min(by_rows, memory // size))
 
-    def run(self, jobs: Sequence[PromptJob]) -> list[PromptResult]:
-        """Samples a batch of jobs of equal shape, at most `limit` of them."""
-        began = time.perf_counter()
-        shape = self.shape(jobs[0])
-        # Which job each row is of; dealt out, so that few jobs keep all devices busy.
-        dealt = np.arange(self.limit(shape)).reshape(-1, self._parts).T.ravel()
-        # Kernels that the partitioner cannot look into split their work by the mesh that is set.
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            prefix = self._prefill(jobs, shape, dealt)
-            out, scores, valid = jax.device_get(self._decode(jobs, shape, dealt, prefix))
-        seconds = time.perf_counter() - began
-        total = sum(len(job.keys) for job in jobs)
-        return [
-            self._result(job, row, out, scores, valid, seconds * len(job.keys) / total)
-            for job, row in zip(jobs, np.argsort(dealt), strict=False)
-        ]
+    def read_at_once(self, shape: JobShape, length: int) -> int:
+        """Prompts of a padded length that each device reads at a time, of a batch of a shape."""
+        each = self.limit(shape) // self.parts
+        tokens = self.rows // self.parts * _READ_TOKENS
+        return max(1, min(each // _REFILL, tokens // length))
 
-    def _prefill(self, jobs: Sequence[PromptJob], shape: JobShape, dealt: np.ndarray) -> Segment:
-        loop, parts = self.loop[0], self._parts
-        mesh = self.mesh if parts > 1 else None
-        rows = len(dealt) // parts
-        prefix = empty_prefix(loop, rows=len(dealt), size=shape.prompt, mesh=mesh)
-        # The rows of each prompt, by length and part: what several rows of a part begin with is
-        # read once, and as many prompts at a time as the length says, so that no neighbour can
-        # change it.
-        groups: dict[int, list[dict[tuple[int, ...], list[int]]]] = {}
-        for place, index in enumerate(dealt):
-            if index < len(jobs):
-                prompt = tuple(jobs[index].tokens[:-1])
-                part, row = divmod(place, rows)
-                group = groups.setdefault(bucket(len(prompt)), [{} for _ in range(parts)])
-                group[part].setdefault(prompt, []).append(row)
-        for length, group in groups.items():
-            at_once = max(1, min(rows, self.rows // parts * _READ_TOKENS // length))
-            for first in range(0, max(map(len, group)), at_once):
-                tokens = np.zeros((parts, at_once, length), np.int32)
-                lengths = np.ones((parts, at_once), np.int32)
-                places = np.zeros((2, parts, rows), np.int32)
-                counts = np.zeros(parts, np.int32)
-                for part, prompts in enumerate(group):
-                    for index, prompt in enumerate(list(prompts)[first : first + at_once]):
-                        tokens[part, index, : len(prompt)] = prompt
-                        lengths[part, index] = len(prompt)
-                        for row in prompts[prompt]:
-                            places[:, part, counts[part]] = row, index
-                            counts[part] += 1
-                read = split_rows((tokens.reshape(-1, length), lengths.ravel()), mesh)
-                segment = prefill(self.params, self.config, *read)
-                to, given = places.reshape(2, -1)
-                prefix = place_prefix(
-                    prefix, segment, to, given, counts, loop, self.config, mesh=mesh
-                )
-        return prefix
+    def refill(self, shape: JobShape) -> int:
+        """Rows of a batch of a shape that are to have ended before others are put there."""
+        return max(1, self.limit(shape) // _REFILL)
 
-    def _decode(
-        self, jobs: Sequence[PromptJob], shape: JobShape, dealt: np.ndarray, prefix: Segment
-    ) -> tuple[Rollouts, jax.Array, jax.Array]:
-        settings = self.settings
-        # Rows and samples that only fill the batch up repeat real ones; nothing reads them.
-        padded = [jobs[index % len(jobs)] for index in dealt]
-        rows = len(padded)
-        keys = np.stack([job.keys[np.arange(shape.samples) % len(job.keys)] for job in padded])
-        order = np.tile(np.arange(shape.responses, dtype=np.int32), (rows, 1))
-        for row, job in enumerate(padded):
-            order[row, : len(job.order)] = job.order
-        counts = np.asarray([len(job.order) for job in padded], np.int32)
-        active = np.zeros((rows, shape.samples), bool)
-        for row, index in enumerate(dealt):
-            if index < len(jobs):
-                active[row, : len(jobs[index].keys)] = True
-        layout = None
-        if settings.constrain:
-            layouts = [self.layout(int(count)) for count in counts]
-            layout = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
-        config, params = self.loop
-        last = np.asarray([job.tokens[-1] for job in padded], np.int32)
-        last, keys, layout, active = split_rows((last, keys, layout, active), self.mesh)
-        out = decode(
-            params,
-            config,
-            prefix,
-            last,
-            jax.random.wrap_key_data(jnp.asarray(keys)),
-            Controls(
-                temperature=jnp.float32(settings.temperature),
-                top_p=jnp.float32(settings.top_p),
-                max_new_tokens=jnp.int32(settings.max_new_tokens),
-            ),
-            layout,
-            self._text_mask if settings.constrain else None,
-            active,
-            eos_ids=self.tokenizer.eos_ids,
-            capacity=bucket(settings.max_new_tokens),
-            greedy=settings.temperature == 0,
-            top_k=settings.top_k,
-            nucleus=settings.top_p < 1,
-        )
-        scores, valid = extract_scores(
-            out.tokens,
-            out.length - out.stopped,
-            self.table,
-            counts[:, None],
-            max_responses=shape.responses,
-            low=settings.low,
-            high=settings.high,
-        )
-        return out, restore_order(scores, np.repeat(order[:, None], shape.samples, 1)), valid
-
-    def _result(
-        self,
-        job: PromptJob,
-        row: int,
-        out: Rollouts,
-        scores: np.ndarray,
-        valid: np.ndarray,
-        seconds: float,
-    ) -> PromptResult:
-        k = len(job.keys)
-        lengths = np.asarray(out.length[row, :k])
-        stopped = np.asarray(out.stopped[row, :k])
-        return PromptResult(
-            tokens=[
-                np.asarray(out.tokens[row, index, : lengths[index] - stopped[index]])
-                for index in range(k)
-            ],
-            stopped=stopped,
-            lengths=lengths,
-            scores=scores[row, :k, : len(job.order)],
-            valid=valid[row, :k],
-            logprobs=np.asarray(out.logprobs[row, :k]),
-            sampled_logprobs=np.asarray(out.sampled_logprobs[row, :k]),
-            seconds=seconds,
+    @functools.cached_property
+    def controls(self) -> Controls:
+        """The settings that the loop takes as arrays."""
+        return Controls(
+            temperature=jnp.float32(self.settings.temperature),
+            top_p=jnp.float32(self.settings.top_p),
+            max_new_tokens=jnp.int32(self.settings.max_new_tokens),
         )

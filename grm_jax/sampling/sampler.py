@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grm_jax.distributed import BATCH_AXES
+from grm_jax.distributed import BATCH_AXES, Axes, logical_to_sharding
 from grm_jax.models import (
     DecoderConfig,
     Params,
@@ -210,6 +210,235 @@ def _place_prefix(
     return jax.lax.fori_loop(0, count[0], put, prefix)
 
 
+class Decoding(NamedTuple):
+    """A batch of B rows, K samples each, between two tokens.
+
+    Attributes:
+      step: `i32[B]`, tokens sampled in a row since its prompt was admitted.
+      token: `i32[B, K]`, the tokens to go on from.
+      own: What each sample has written.
+      at: Where each stands in its row's layout.
+      out: What has been sampled.
+    """
+
+    step: jax.Array
+    token: jax.Array
+    own: Segment
+    at: LayoutState
+    out: Rollouts
+
+
+@functools.partial(jax.jit, static_argnames=("config", "samples", "capacity", "mesh"))
+def begin(
+    prefix: Segment, config: DecoderConfig, *, samples: int, capacity: int, mesh: Mesh | None = None
+) -> Decoding:
+    """A batch in which every row has ended, for `admit` to fill.
+
+    Args:
+      prefix: From `empty_prefix` or `prefill`; only its shapes count.
+      config: Of the decoder that runs the loop.
+      samples: K.
+      capacity: T.
+      mesh: Over whose devices the rows are split; None for one device.
+    """
+    shape = (prefix.length.shape[0], samples)
+    zeros = jnp.zeros(shape, jnp.int32)
+
+    def room(cached: jax.Array, axis: int) -> jax.Array:
+        lead, (heads, *sizes) = cached.shape[:-4], cached.shape[-3:]
+        sizes[axis] = capacity
+        return jnp.zeros((*lead, *shape, heads, *sizes), cached.dtype)
+
+    batch = Decoding(
+        step=zeros[:, 0],
+        token=zeros,
+        own=Segment(
+            jax.tree.map(lambda leaf: room(leaf, 1), prefix.keys),
+            jax.tree.map(lambda leaf: room(leaf, 0), prefix.values),
+            zeros,
+            zeros,
+        ),
+        at=LayoutState(zeros, zeros),
+        out=Rollouts(
+            tokens=jnp.zeros((*shape, capacity), jnp.int32),
+            length=zeros,
+            stopped=jnp.ones(shape, bool),
+            logprobs=jnp.zeros((*shape, capacity), jnp.float32),
+            sampled_logprobs=jnp.zeros((*shape, capacity), jnp.float32),
+        ),
+    )
+    return _placed(batch, config, mesh)
+
+
+def _placed(batch: Decoding, config: DecoderConfig, mesh: Mesh | None) -> Decoding:
+    """The batch where it is to live, always the same: else a program would be compiled again."""
+    if mesh is None:
+        return batch
+    stacked = ("layers",) if config.scan_layers else ()
+
+    def place(leaf: jax.Array, axes: Axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(
+            leaf, logical_to_sharding(axes, mesh, shape=leaf.shape)
+        )
+
+    def cached(leaf: jax.Array) -> jax.Array:
+        return place(leaf, (*stacked, "batch", None, "kv_heads", None, None))
+
+    def other(leaf: jax.Array) -> jax.Array:
+        return place(leaf, ("batch", *(None,) * (leaf.ndim - 1)))
+
+    keys, values = jax.tree.map(cached, (batch.own.keys, batch.own.values))
+    rest = jax.tree.map(other, batch._replace(own=batch.own._replace(keys=None, values=None)))
+    return rest._replace(own=rest.own._replace(keys=keys, values=values))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=0)
+def admit(
+    batch: Decoding,
+    prefix: Segment,
+    last_token: jax.Array | np.ndarray,
+    fresh: jax.Array | np.ndarray,
+    active: jax.Array | np.ndarray,
+    config: DecoderConfig,
+    mesh: Mesh | None = None,
+) -> Decoding:
+    """Begins rows anew, with the prompts that the prefix now has in them.
+
+    Args:
+      batch: From `begin` or `decode_until`; used up.
+      prefix: The prompts of all rows, each without its last token.
+      last_token: `i32[B]`, the last token of each fresh row's prompt.
+      fresh: `bool[B]`, the rows that begin; the others go on as they are.
+      active: `bool[B, K]`, which samples of the fresh rows are wanted; the others have ended.
+      config: Of the decoder that runs the loop.
+      mesh: Over whose devices the rows are split; None for one device.
+    """
+    fresh, last_token, active = map(jnp.asarray, (fresh, last_token, active))
+    rows = fresh[:, None]
+
+    def anew(value: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fresh if old.ndim == 1 else rows, value, old)
+
+    begun = Decoding(
+        step=anew(jnp.int32(0), batch.step),
+        token=anew(last_token[:, None], batch.token),
+        own=batch.own._replace(
+            start=anew(prefix.length[:, None], batch.own.start),
+            length=anew(jnp.int32(0), batch.own.length),
+        ),
+        at=LayoutState(*(anew(jnp.int32(0), leaf) for leaf in batch.at)),
+        out=batch.out._replace(
+            length=anew(jnp.int32(0), batch.out.length),
+            stopped=anew(~active, batch.out.stopped),
+        ),
+    )
+    return _placed(begun, config, mesh)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "eos_ids", "greedy", "top_k", "nucleus", "mesh"),
+    donate_argnums=3,
+)
+def decode_until(
+    params: Params,
+    config: DecoderConfig,
+    prefix: Segment,
+    batch: Decoding,
+    keys: jax.Array,
+    controls: Controls,
+    ended: jax.Array | int,
+    steps: jax.Array | int,
+    layout: Layout | None = None,
+    text_mask: jax.Array | None = None,
+    *,
+    eos_ids: tuple[int, ...],
+    greedy: bool = False,
+    top_k: int = 0,
+    nucleus: bool = False,
+    mesh: Mesh | None = None,
+) -> Decoding:
+    """Goes on with a batch until enough of its rows have ended.
+
+    Args:
+      params: Parameters of the decoder.
+      config: Its configuration.
+      prefix: The prompts without their last token, at least one token each.
+      batch: From `admit`; used up.
+      keys: `[B, K]` random keys, one a sample.
+      controls: Temperature, nucleus mass and length limit.
+      ended: `i32[]`, rows that are to have ended; a row ends with its last sample.
+      steps: `i32[]`, the most tokens to sample before returning.
+      layout: As of `decode`, like the rest.
+      text_mask: Likewise.
+      eos_ids: Likewise.
+      greedy: Likewise.
+      top_k: Likewise.
+      nucleus: Likewise.
+      mesh: Over whose devices the rows are split; None for one device.
+
+    Returns:
+      The batch, further on. What a row computes depends on neither the other rows nor the number of
+      tokens that were sampled in them before it began.
+    """
+    eos = jnp.asarray(eos_ids, jnp.int32)
+
+    def pick(
+        key: jax.Array, logits: jax.Array, at: LayoutState, layout: Layout | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, LayoutState]:
+        token, logprob, sampled = _sample(
+            key,
+            logits,
+            controls,
+            mask=text_mask,
+            edges=None if layout is None else allowed_edges(layout, at),
+            greedy=greedy,
+            top_k=top_k,
+            nucleus=nucleus,
+        )
+        if layout is not None:
+            at = advance(layout, at, token)
+        return token, logprob, sampled, at
+
+    pick_rows = jax.vmap(jax.vmap(pick, in_axes=(0, 0, 0, None)))
+    fold_rows = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)))
+    rows = jnp.arange(keys.shape[0])
+
+    def body(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
+        count, (step, token, own, at, out) = carry
+        hidden, new = forward_parallel(params, config, token, past=(prefix,), own=own)
+        logits = unembed(params, config, hidden)
+        token, logprob, sampled, at = pick_rows(fold_rows(keys, step), logits, at, layout)
+        alive = ~_finished(out, controls)
+        goes_on = alive.any(axis=-1)
+        # The place is `step`, but known only once a token is: else XLA, which cannot tell that the
+        # cache is read before it is written, would copy it.
+        own = _append(own, new, jnp.minimum(step, step + token.min()), goes_on, config)
+
+        def put(into: jax.Array, value: jax.Array) -> jax.Array:
+            # Of a row that has ended nothing is kept, not even at the end of its room.
+            at = jnp.where(goes_on, step, into.shape[-1])
+            return into.at[rows, :, at].set(value, mode="drop")
+
+        ended = (token[..., None] == eos).any(axis=-1)
+        out = Rollouts(
+            tokens=put(out.tokens, token),
+            length=out.length + alive,
+            stopped=out.stopped | (alive & ended),
+            logprobs=put(out.logprobs, logprob),
+            sampled_logprobs=put(out.sampled_logprobs, sampled),
+        )
+        return count + 1, Decoding(step + goes_on, token, own, at, out)
+
+    def wanted(carry: tuple[jax.Array, Decoding]) -> jax.Array:
+        count, batch = carry
+        done = _finished(batch.out, controls).all(axis=-1)
+        return (done.sum() < ended) & (count < steps)
+
+    batch = jax.lax.while_loop(wanted, body, (jnp.int32(0), batch))[1]
+    return _placed(batch, config, mesh)
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "eos_ids", "capacity", "greedy", "top_k", "nucleus")
 )
@@ -252,88 +481,50 @@ def decode(
     Returns:
       The samples, as `Rollouts`.
     """
-    shape = keys.shape
-    eos = jnp.asarray(eos_ids, jnp.int32)
-
-    def pick(
-        key: jax.Array, logits: jax.Array, at: LayoutState, layout: Layout | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, LayoutState]:
-        token, logprob, sampled = _sample(
-            key,
-            logits,
-            controls,
-            mask=text_mask,
-            edges=None if layout is None else allowed_edges(layout, at),
-            greedy=greedy,
-            top_k=top_k,
-            nucleus=nucleus,
-        )
-        if layout is not None:
-            at = advance(layout, at, token)
-        return token, logprob, sampled, at
-
-    pick_rows = jax.vmap(jax.vmap(pick, in_axes=(0, 0, 0, None)))
-    fold_rows = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-
-    def body(carry: tuple) -> tuple:
-        step, token, own, at, out = carry
-        hidden, new = forward_parallel(params, config, token, past=(prefix,), own=own)
-        logits = unembed(params, config, hidden)
-        token, logprob, sampled, at = pick_rows(fold_rows(keys, step), logits, at, layout)
-        # The place is `step`, but known only once a token is: else XLA, which cannot tell that the
-        # cache is read before it is written, would copy it.
-        own = _append(own, new, jnp.minimum(step, step + token.min()))
-        alive = ~_finished(out, controls)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=-1)
-        ended = (token[..., None] == eos).any(axis=-1)
-        out = Rollouts(
-            tokens=put(out.tokens, token),
-            length=out.length + alive,
-            stopped=out.stopped | (alive & ended),
-            logprobs=put(out.logprobs, logprob),
-            sampled_logprobs=put(out.sampled_logprobs, sampled),
-        )
-        return step + 1, token, own, at, out
-
-    def unfinished(carry: tuple) -> jax.Array:
-        return ~_finished(carry[-1], controls).all()
-
-    def room(cached: jax.Array, axis: int) -> jax.Array:
-        lead, (heads, *sizes) = cached.shape[:-4], cached.shape[-3:]
-        sizes[axis] = capacity
-        return jnp.zeros((*lead, *shape, heads, *sizes), cached.dtype)
-
-    zeros = jnp.zeros(shape, jnp.int32)
-    own = Segment(
-        jax.tree.map(lambda leaf: room(leaf, 1), prefix.keys),
-        jax.tree.map(lambda leaf: room(leaf, 0), prefix.values),
-        jnp.broadcast_to(prefix.length[:, None], shape),
-        zeros,
-    )
-    out = Rollouts(
-        tokens=jnp.zeros((*shape, capacity), jnp.int32),
-        length=zeros,
-        stopped=jnp.zeros(shape, bool) if active is None else ~active,
-        logprobs=jnp.zeros((*shape, capacity), jnp.float32),
-        sampled_logprobs=jnp.zeros((*shape, capacity), jnp.float32),
-    )
-    token = jnp.broadcast_to(last_token[:, None], shape)
-    carry = (jnp.int32(0), token, own, LayoutState(zeros, zeros), out)
-    return jax.lax.while_loop(unfinished, body, carry)[-1]
+    rows, samples = keys.shape
+    batch = begin(prefix, config, samples=samples, capacity=capacity)
+    wanted = jnp.ones(keys.shape, bool) if active is None else active
+    batch = admit(batch, prefix, last_token, jnp.ones(rows, bool), wanted, config)
+    return decode_until(
+        params,
+        config,
+        prefix,
+        batch,
+        keys,
+        controls,
+        rows,
+        capacity,
+        layout,
+        text_mask,
+        eos_ids=eos_ids,
+        greedy=greedy,
+        top_k=top_k,
+        nucleus=nucleus,
+    ).out
 
 
-def _append(own: Segment, new: tuple[Any, Any], place: jax.Array) -> Segment:
-    """The samples' segment with the keys and values of one more token."""
+def _append(
+    own: Segment,
+    new: tuple[Any, Any],
+    place: jax.Array,
+    goes_on: jax.Array,
+    config: DecoderConfig,
+) -> Segment:
+    """The samples' segment with the keys and values of one more token, where each row is."""
+    rows = _rows_axis(config)
 
     def write(axis: int, cache: jax.Array, token: jax.Array) -> jax.Array:
-        token = jnp.expand_dims(token, axis)
-        return jax.lax.dynamic_update_slice_in_dim(cache, token, place, axis)
+        def one(cache: jax.Array, token: jax.Array, place: jax.Array) -> jax.Array:
+            token = jnp.expand_dims(token, axis)
+            return jax.lax.dynamic_update_slice_in_dim(cache, token, place, axis)
+
+        return jax.vmap(one, in_axes=(rows, rows, 0), out_axes=rows)(cache, token, place)
 
     return Segment(
         jax.tree.map(functools.partial(write, -1), own.keys, new[0]),
         jax.tree.map(functools.partial(write, -2), own.values, new[1]),
         own.start,
-        own.length + 1,
+        own.length + goes_on[:, None],
     )
 
 

@@ -1,14 +1,13 @@
 """Continuous batching: what has been asked, from many callers, through one device.
 
-One thread owns the device. Whenever a batch ends, the next one is formed of whatever waits then:
-it begins with the oldest unfinished job and is filled with jobs of the same shape, whoever asked
-for them. So requests that arrive together share device steps, new ones join as soon as a batch
-ends, and the wait of none depends on how many come after it.
-
-A batch runs until its last sample has ended. To let jobs join between tokens, `Plan.run` would
-become a step of a loop that keeps its rows: nothing else here would change.
+One thread owns the device. It runs one stream of jobs of equal shape (`grm_jax.sampling.stream`),
+which whoever asked for them share. Every few tokens it looks what has come in: new jobs of the
+stream's shape enter as soon as there is room. Once the oldest job that is not answered is of
+another shape, nothing more enters, and the next stream begins when this one has ended: so the wait
+of none depends on how many come after it.
 """
 
+import itertools
 import math
 import threading
 import time
@@ -19,10 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
 from grm_jax.errors import UsageError
+from grm_jax.sampling import Stream
 
 Request = TypeVar("Request")
 
 _LEAST_RETRY, _MOST_RETRY = 1, 60
+# Steps after which the batcher looks up from the device.
+_STEPS = 16
 
 
 @final
@@ -32,16 +34,14 @@ class Plan:
 
     Attributes:
       jobs: What is to run; may be none.
-      shape: Of a job; jobs of equal shape may share a batch.
-      limit: Most jobs in a batch with a job.
-      run: Runs a batch and returns a result for each job.
+      shape: Of a job; jobs of equal shape may share a stream.
+      open_stream: Opens the stream for jobs of a shape.
       finish: Makes the answer of the results, in the order of the jobs.
     """
 
     jobs: Sequence[Any]
     shape: Callable[[Any], Hashable]
-    limit: Callable[[Any], int]
-    run: Callable[[Sequence[Any]], Sequence[Any]]
+    open_stream: Callable[[Any], Stream[Any, Any]]
     finish: Callable[[Sequence[Any]], Any]
 
 
@@ -78,14 +78,14 @@ class _Ticket(Generic[Request]):
 class Batcher(Generic[Request]):
     """Takes requests from any thread and answers each by a future.
 
-    A future that is cancelled is forgotten: what of it has not run yet never will.
+    A future that is cancelled is forgotten: what of it waits never runs, and what runs makes room.
 
     Args:
       plan: Says how a request is worked off; called in the batcher's thread. A `UsageError` from it
         becomes the future's.
       capacity: Requests that may be waiting or running at once.
       linger: Seconds that an idle batcher waits for company for the first request.
-      observe: Called after each batch with its jobs and seconds.
+      observe: Called whenever the stream has run for a while, with its jobs and the seconds.
     """
 
     def __init__(
@@ -106,8 +106,13 @@ class Batcher(Generic[Request]):
         self._new: deque[_Ticket[Request]] = deque()
         self._active: list[_Ticket[Request]] = []
         self._draining = False
-        # Seconds of work for an answer, smoothed.
+        # What runs now; only the thread uses these.
+        self._stream: Stream[Any, Any] | None = None
+        self._opened: Hashable = None
+        self._flying: set[tuple[_Ticket[Request], int]] = set()
+        # Seconds of work for an answer, smoothed, and since the last one.
         self._pace = 1.0
+        self._worked = 0.0
         self._thread = threading.Thread(target=self._work, name="grm-jax-device", daemon=True)
         self._thread.start()
 
@@ -172,10 +177,14 @@ class Batcher(Generic[Request]):
                 time.sleep(self._linger)
             began = time.perf_counter()
             self._take_on()
-            batch = self._next_batch()
-            if batch:
-                self._run(batch)
-            self._answer(began)
+            try:
+                self._run()
+            except Exception as error:  # the callers must hear of it, and the others are served
+                for ticket in {ticket for ticket, _ in self._flying}:
+                    self._fail(ticket, error)
+                self._stream, self._flying = None, set()
+            self._worked += time.perf_counter() - began
+            self._answer()
 
     def _take_on(self) -> None:
         with self._changed:
@@ -191,43 +200,46 @@ class Batcher(Generic[Request]):
             except Exception as error:  # the caller must hear of it, and the others are served
                 self._fail(ticket, error)
 
-    def _next_batch(self) -> list[tuple[_Ticket[Request], int]]:
-        """The oldest job and others of its shape; a job is its ticket and number."""
-        batch: list[tuple[_Ticket[Request], int]] = []
-        wanted: Hashable = None
-        most = 0
-        for ticket in self._active:
-            if ticket.plan is None or ticket.future.done():
-                continue
-            for number, (job, shape) in enumerate(
-                zip(ticket.plan.jobs, ticket.shapes, strict=True)
-            ):
-                if number in ticket.results:
-                    continue
-                if not batch:
-                    wanted, most = shape, ticket.plan.limit(job)
-                if shape == wanted:
-                    batch.append((ticket, number))
-                if len(batch) == most:
-                    return batch
-        return batch
-
-    def _run(self, batch: Sequence[tuple[_Ticket[Request], int]]) -> None:
-        began = time.perf_counter()
-        plans = [ticket.plan for ticket, _ in batch if ticket.plan is not None]
-        jobs = [plan.jobs[number] for plan, (_, number) in zip(plans, batch, strict=True)]
-        try:
-            results = plans[0].run(jobs)
-        except Exception as error:  # the callers must hear of it, and the others are served
-            for ticket, _ in batch:
-                self._fail(ticket, error)
+    def _run(self) -> None:
+        """Runs the stream for a while, with what may enter it now."""
+        given_up = {job for job in self._flying if job[0].future.done()}
+        if self._stream is not None and given_up:
+            self._stream.drop(given_up)
+            self._flying -= given_up
+        unfinished = [
+            ((ticket, number), ticket.plan.jobs[number], shape)
+            for ticket in self._active
+            if ticket.plan is not None and not ticket.future.done()
+            for number, shape in enumerate(ticket.shapes)
+            if number not in ticket.results
+        ]
+        if not unfinished:
             return
-        for (ticket, number), result in zip(batch, results, strict=True):
+        (ticket, _), _, oldest = first = unfinished[0]
+        if self._stream is None or (not self._flying and oldest != self._opened):
+            # The room of the last one, before there is room for another.
+            self._stream = None
+            assert ticket.plan is not None
+            self._stream, self._opened = ticket.plan.open_stream(oldest), oldest
+        entering = {}
+        if first[0] in self._flying or oldest == self._opened:
+            entering = {
+                key: job
+                for key, job, shape in unfinished
+                if shape == self._opened and key not in self._flying
+            }
+            entering = dict(itertools.islice(entering.items(), self._stream.room))
+        self._flying |= entering.keys()
+        began = time.perf_counter()
+        jobs = len(self._flying)
+        results = self._stream.run(entering, steps=_STEPS)
+        self._observe(jobs, time.perf_counter() - began)
+        self._flying -= results.keys()
+        for (ticket, number), result in results.items():
             ticket.results[number] = result
-        self._observe(len(jobs), time.perf_counter() - began)
 
-    def _answer(self, began: float) -> None:
-        """Answers what is complete, of a round that `began` then."""
+    def _answer(self) -> None:
+        """Answers what is complete."""
         answered = 0
         for ticket in self._active:
             plan = ticket.plan
@@ -244,7 +256,8 @@ class Batcher(Generic[Request]):
         with self._changed:
             self._active = [ticket for ticket in self._active if not ticket.future.done()]
         if answered:
-            self._pace += 0.2 * ((time.perf_counter() - began) / answered - self._pace)
+            self._pace += 0.2 * (self._worked / answered - self._pace)
+            self._worked = 0.0
 
     def _fail(self, ticket: _Ticket[Request], error: Exception) -> None:
         if not ticket.future.done() and ticket.future.set_running_or_notify_cancel():

@@ -11,7 +11,7 @@ from typing import final
 
 from grm_jax.completion import Completion, chat_jobs, read_answers
 from grm_jax.data import Comparison, Judgement, Message
-from grm_jax.judge import GRM, Runner
+from grm_jax.judge import GRM, Opener
 from grm_jax.prompts import Template
 from grm_jax.rounds import plan_record
 from grm_jax.sampling import MetaModel
@@ -86,10 +86,6 @@ class ModelEngine:
     def _samplers(self) -> dict[SamplingSettings, JudgeSampler]:
         return {}
 
-    @functools.cached_property
-    def _runners(self) -> dict[SamplingSettings, Runner]:
-        return {}
-
     def _sampler(self, settings: SamplingSettings) -> JudgeSampler:
         # They hold little but tables of layouts, yet clients choose the settings.
         if settings not in self._samplers and len(self._samplers) >= 64:
@@ -137,12 +133,8 @@ class ModelEngine:
                 planned, results, request.samples, request.seed, self.meta_model, voters
             )
 
-        return _plan(sampler, planned.jobs, finish, run=self._runner(sampler), kind=self.scores)
-
-    def _runner(self, sampler: JudgeSampler) -> Runner:
-        if sampler.settings not in self._runners and len(self._runners) >= 64:
-            self._runners.clear()
-        return self._runners.setdefault(sampler.settings, self.grm.runner(sampler, self.scores))
+        opener = self.grm.opener(sampler, self.scores)
+        return _plan(sampler, planned.jobs, finish, opener, kind=self.scores)
 
     def _chat(self, request: ChatRequest) -> Plan:
         settings = SamplingSettings(
@@ -161,22 +153,21 @@ class ModelEngine:
                 prompt_tokens=len(jobs[0].tokens),
             )
 
-        return _plan(sampler, jobs, finish, run=sampler.run, kind="sampled")
+        return _plan(sampler, jobs, finish, self.grm.opener(sampler, "sampled"), kind="sampled")
 
 
 def _plan(
     sampler: JudgeSampler,
     jobs: Sequence[PromptJob],
     finish: Callable[[Sequence[PromptResult]], object],
+    opener: Opener,
     *,
-    run: Runner,
     kind: str,
 ) -> Plan:
     return Plan(
         jobs=jobs,
-        # Jobs that share a batch are run by the runner of any of them.
+        # Jobs that share a stream run in one that any of them has opened.
         shape=lambda job: (kind, sampler.settings, sampler.shape(job)),
-        limit=lambda job: sampler.limit(sampler.shape(job)),
-        run=run,
+        open_stream=lambda shape: opener(shape[-1]),
         finish=finish,
     )

@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -14,7 +13,6 @@ from grm_jax import GRM
 from grm_jax.distributed import make_mesh, tree_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import abstract_params, param_axes
-from grm_jax.sampling import batching
 from grm_jax.sampling.batching import JudgeSampler, PromptJob, SamplingSettings, sample_keys
 from tests.sums import questions
 
@@ -61,25 +59,6 @@ def test_devices_share_out_the_records(tiny_grm: GRM, constrain: bool) -> None:
             assert sample.order == usual.order
             assert sample.logprob == pytest.approx(usual.logprob, abs=2e-4)
     assert len({sample.text for one in found for sample in one.samples}) == 15
-
-
-def test_few_jobs_are_dealt_to_all_devices(tiny_grm: GRM, monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
-    spread = dataclasses.replace(sampler(tiny_grm, batch_rows=64), mesh=mesh)
-    seen: list[np.ndarray] = []
-
-    class Seen(Exception):
-        pass
-
-    def look(*arguments: Any, **_: Any) -> None:
-        seen.append(np.asarray(arguments[8]))
-        raise Seen
-
-    monkeypatch.setattr(batching, "decode", look)
-    assert spread.limit(spread.shape(job(10))) == 32
-    with pytest.raises(Seen):
-        spread.run([job(length) for length in (9, 10, 11, 9, 12)])
-    assert seen[0].any(axis=1).nonzero()[0].tolist() == [0, 1, 8, 16, 24]
 
 
 def sampler(grm: GRM, *, max_context: int = 4096, batch_rows: int | None = None) -> JudgeSampler:

@@ -1,5 +1,7 @@
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,25 +20,57 @@ def jobs_of(item: Item) -> list[Job]:
     return [(item[0], place, shape) for place, shape in enumerate(item[1])]
 
 
+@dataclass
+class Recorded:
+    """A stream in which a run ends some of the jobs.
+
+    Attributes:
+      shape: Of its jobs.
+      log: For each run of any stream, the jobs that entered and all that then ran.
+      share: One in so many of the running jobs ends in a run.
+      latest: Whether it is the latest ones that end first.
+      jobs: What runs.
+    """
+
+    shape: str
+    log: list[tuple[list[Job], list[Job]]]
+    share: int = 1
+    latest: bool = True
+    jobs: dict[Any, Job] = field(default_factory=dict)
+
+    @property
+    def running(self) -> int:
+        return len(self.jobs)
+
+    @property
+    def room(self) -> int:
+        return LIMITS[self.shape] - len(self.jobs)
+
+    def run(self, jobs: Mapping[Any, Job], *, steps: int | None = None) -> dict[Any, str]:
+        assert len(jobs) <= self.room
+        self.jobs |= jobs
+        self.log.append((list(jobs.values()), list(self.jobs.values())))
+        order = sorted(self.jobs, key=list(self.jobs).index, reverse=self.latest)
+        ends = order[: max(1, len(self.jobs) // self.share)]
+        return {key: "{}.{}".format(*self.jobs.pop(key)) for key in ends}
+
+    def drop(self, keys: Set[Hashable]) -> None:
+        raise AssertionError("nothing is given up")
+
+
 def run_all(
-    items: Sequence[Item], lookahead: int = 64
-) -> tuple[list[tuple[Item, list[str]]], list[list[Job]]]:
-    """What `run_in_order` yields, and the batches that it ran."""
-    batches: list[list[Job]] = []
-
-    def run(batch: Sequence[Job]) -> list[str]:
-        batches.append(list(batch))
-        return [f"{item}.{place}" for item, place, _ in batch]
-
+    items: Sequence[Item], lookahead: int = 64, share: int = 1, latest: bool = True
+) -> tuple[list[tuple[Item, list[str]]], list[tuple[list[Job], list[Job]]]]:
+    """What `run_in_order` yields, and the log of its streams."""
+    log: list[tuple[list[Job], list[Job]]] = []
     results = run_in_order(
         items,
         jobs=jobs_of,
         shape=lambda job: job[2],
-        limit=LIMITS.__getitem__,
-        run=run,
+        open_stream=lambda shape: Recorded(shape, log, share, latest),
         lookahead=lookahead,
     )
-    return list(results), batches
+    return list(results), log
 
 
 # --- sizes ---
@@ -73,7 +107,7 @@ def test_power_of_two_is_the_least_one_that_holds(size: int) -> None:
     assert power // 2 < size <= power
 
 
-# --- batches ---
+# --- streams ---
 
 
 def test_results_come_in_order_whatever_ran_first() -> None:
@@ -87,15 +121,29 @@ def test_results_come_in_order_whatever_ran_first() -> None:
     ]
 
 
-def test_batches_are_filled_from_the_items_ahead() -> None:
-    _, batches = run_all([(number, ["c"]) for number in range(7)])
-    assert [[job[0] for job in batch] for batch in batches] == [[0, 1, 2, 3, 4], [5, 6]]
+def test_streams_are_filled_from_the_items_ahead() -> None:
+    _, log = run_all([(number, ["c"]) for number in range(7)])
+    assert [[job[0] for job in ran] for _, ran in log] == [[0, 1, 2, 3, 4], [5, 6]]
+
+
+def test_jobs_enter_as_others_end() -> None:
+    _, log = run_all([(number, ["c"]) for number in range(8)], share=3)
+    assert [[job[0] for job in new] for new, _ in log] == [
+        [0, 1, 2, 3, 4], [5], [6], [7], [], [], [], [],
+    ]  # fmt: skip
+
+
+def test_nothing_enters_while_the_first_waits_for_another_shape() -> None:
+    items = [(0, ["c", "b"]), *((number, ["c"]) for number in range(1, 20))]
+    _, log = run_all(items, share=5, latest=False)
+    shapes = [ran[0][2] for _, ran in log]
+    # The first job ends at once, the others after it, and the stream of the second begins.
+    assert shapes[:7] == ["c"] * 5 + ["b", "c"]
+    assert [len(new) for new, _ in log[:7]] == [5, 0, 0, 0, 0, 1, 5]
 
 
 def test_items_without_jobs_run_nothing() -> None:
-    results, batches = run_all([(0, []), (1, [])])
-    assert results == [((0, []), []), ((1, []), [])]
-    assert batches == []
+    assert run_all([(0, []), (1, [])]) == ([((0, []), []), ((1, []), [])], [])
 
 
 def test_no_items_give_no_results() -> None:
@@ -115,8 +163,7 @@ def test_the_source_is_read_only_as_far_as_the_lookahead(lookahead: int) -> None
         source(),
         jobs=jobs_of,
         shape=lambda job: job[2],
-        limit=lambda shape: 100,
-        run=list,
+        open_stream=lambda shape: Recorded(shape, [], 2),
         lookahead=lookahead,
     )
     assert taken == []
@@ -125,40 +172,35 @@ def test_the_source_is_read_only_as_far_as_the_lookahead(lookahead: int) -> None
     assert taken == list(range(40))
 
 
-def test_a_batch_that_loses_a_result_is_an_error() -> None:
-    results = run_in_order(
-        [(0, ["a", "a"])],
-        jobs=jobs_of,
-        shape=lambda job: job[2],
-        limit=lambda shape: 2,
-        run=lambda batch: batch[:1],
-    )
-    with pytest.raises(ValueError, match="shorter"):
-        next(results)
-
-
 @given(
     st.lists(st.lists(st.sampled_from("abc"), max_size=5), max_size=15).map(
         lambda shapes: list(enumerate(shapes))
     ),
     st.integers(1, 8),
+    st.integers(1, 5),
+    st.booleans(),
 )
-def test_every_job_runs_once_in_batches_of_one_shape(items: list[Item], lookahead: int) -> None:
-    results, batches = run_all(items, lookahead)
+def test_every_job_runs_once_in_streams_of_one_shape(
+    items: list[Item], lookahead: int, share: int, latest: bool
+) -> None:
+    results, log = run_all(items, lookahead, share, latest)
     assert [item for item, _ in results] == items
     for (number, shapes), done in results:
         assert done == [f"{number}.{place}" for place in range(len(shapes))]
 
     everything = [job for item in items for job in jobs_of(item)]
-    assert sorted(job for batch in batches for job in batch) == everything
-    unfinished = everything
-    for batch in batches:
-        shapes = {shape for _, _, shape in batch}
-        assert len(shapes) == 1
-        assert len(batch) <= LIMITS[shapes.pop()]
-        assert batch[0] == unfinished[0]
-        assert all(job[0] < unfinished[0][0] + lookahead for job in batch)
-        unfinished = [job for job in unfinished if job not in batch]
+    assert sorted(job for new, _ in log for job in new) == everything
+    entered: set[Job] = set()
+    for number, (new, ran) in enumerate(log):
+        assert len({shape for _, _, shape in ran}) == 1
+        assert len(ran) <= LIMITS[ran[0][2]]
+        after = log[number + 1][1] if number + 1 < len(log) else []
+        ended = entered | {job for job in ran if job not in after}
+        first = next(job for job in everything if job in ran or job not in entered)
+        # The oldest job that has not ended runs, or waits for the stream to end.
+        assert first in ran or not new
+        assert all(job[0] < first[0] + lookahead for job in new)
+        entered = ended | set(ran)
 
 
 # --- rounds ---
@@ -166,23 +208,18 @@ def test_every_job_runs_once_in_batches_of_one_shape(items: list[Item], lookahea
 
 def test_items_that_want_more_run_together_and_keep_their_order() -> None:
     """Each item asks for as many further jobs, one at a time, as its number says."""
-    batches: list[list[Job]] = []
+    log: list[tuple[list[Job], list[Job]]] = []
 
-    def run(batch: Sequence[Job]) -> list[int]:
-        batches.append(list(batch))
-        return [place for _, place, _ in batch]
-
-    def more(item: Item, results: Sequence[int]) -> list[Job]:
-        assert list(results) == list(range(len(results)))
+    def more(item: Item, results: Sequence[str]) -> list[Job]:
+        assert list(results) == [f"{item[0]}.{place}" for place in range(len(results))]
         return [(item[0], len(results), "c")] if len(results) <= item[0] else []
 
     found = run_in_order(
         [(number, ["c"]) for number in range(4)],
         jobs=jobs_of,
         shape=lambda job: job[2],
-        limit=lambda shape: 5,
-        run=run,
+        open_stream=lambda shape: Recorded(shape, log),
         more=more,
     )
     assert [(item[0], len(results)) for item, results in found] == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert [len(batch) for batch in batches] == [4, 3, 2, 1]
+    assert [len(ran) for _, ran in log] == [4, 3, 2, 1]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +45,12 @@ class StubEngine:
         return Plan(
             jobs=jobs,
             shape=lambda job: type(job),
-            limit=lambda job: self.limit,
-            run=self._run,
+            open_stream=lambda shape: StubStream(self),
             finish=finish,
         )
 
-    def _run(self, jobs: Sequence[Any]) -> Sequence[Any]:
+    def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        """Runs jobs together, which are their own results."""
         self.batches.append(list(jobs))
         assert self.go.wait(30)
         time.sleep(self.seconds)
@@ -72,6 +72,24 @@ class StubEngine:
             ),
             prompt_tokens=len(said),
         )
+
+
+@dataclass
+class StubStream:
+    """A stream whose jobs are done as soon as they have run once."""
+
+    engine: StubEngine
+    running: int = 0
+
+    @property
+    def room(self) -> int:
+        return self.engine.limit
+
+    def run(self, jobs: Mapping[Any, Any], *, steps: int | None = None) -> dict[Any, Any]:
+        return dict(zip(jobs, self.engine.run(list(jobs.values())), strict=True))
+
+    def drop(self, keys: Set[Any]) -> None:
+        raise AssertionError("nothing runs on")
 
 
 def make_service(engine: StubEngine, **options: Any) -> Service:
