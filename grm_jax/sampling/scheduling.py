@@ -45,6 +45,9 @@ class Stream(Protocol[Job_contra, Result]):
         """Gives up jobs that are running, by the names they were added with."""
 
 
+# How many jobs may enter a stream while the oldest waits for another one, in streams' full.
+_OVERTAKING = 2
+
 LENGTHS = tuple(size << doubling for doubling in range(13) for size in (32, 48))
 """Padded lengths, in tokens: two to a doubling, so that few programs are compiled."""
 
@@ -74,9 +77,9 @@ def run_in_order(
     """Runs the jobs of many items in streams of equal shape and yields items in order.
 
     A stream begins with the first unfinished job of the first unfinished item, and is filled with
-    jobs of its shape from the items ahead. Once that first job is of another shape, nothing more
-    enters, and the next stream begins when this one has ended. So the next result to be yielded is
-    always being worked on, and the wait for it is bounded.
+    jobs of its shape from the items ahead. Once that first job is of another shape, at most twice
+    as many enter as the stream holds, since rows run empty at the end of each stream; then the next
+    one begins. So the wait for the next result to be yielded is bounded.
 
     Args:
       items: Read only as far ahead as `lookahead`.
@@ -94,6 +97,7 @@ def run_in_order(
     flying: set[tuple[int, int]] = set()
     stream: Stream[Job, Result] | None = None
     opened: Shape | None = None
+    overtaken = 0
 
     def refill() -> None:
         while len(window) < lookahead:
@@ -118,15 +122,16 @@ def run_in_order(
             stream = None
             opened = shape(todo[first])
             stream = open_stream(opened)
-        new: dict[tuple[int, int], Job] = {}
-        if (number, first) in flying or shape(todo[first]) == opened:
-            waiting = (
-                ((number, index), job)
-                for number, _, todo, done in window
-                for index, job in enumerate(todo)
-                if index not in done and (number, index) not in flying and shape(job) == opened
-            )
-            new = dict(itertools.islice(waiting, stream.room))
+        waits = (number, first) not in flying and shape(todo[first]) != opened
+        left = _OVERTAKING * (stream.room + stream.running) - overtaken if waits else stream.room
+        waiting = (
+            ((number, index), job)
+            for number, _, todo, done in window
+            for index, job in enumerate(todo)
+            if index not in done and (number, index) not in flying and shape(job) == opened
+        )
+        new = dict(itertools.islice(waiting, min(stream.room, left)))
+        overtaken = overtaken + len(new) if waits else 0
         flying |= new.keys()
         results = stream.run(new)
         flying -= results.keys()
