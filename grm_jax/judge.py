@@ -476,7 +476,8 @@ def _meta_rewards(
         model.tokens(messages, [comparison.responses[i] for i in sample.order], sample.text)
         for sample in drawn.values()
     ]
-    return dict(zip(drawn, model.rewards(read).tolist(), strict=True))
+    rewards = model.rewards(read, alike=[sample.order for sample in drawn.values()])
+    return dict(zip(drawn, rewards.tolist(), strict=True))
 
 
 def _dtype(dtype: DTypeLike | None) -> DTypeLike:

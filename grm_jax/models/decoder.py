@@ -296,7 +296,11 @@ def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arr
 
 
 def reward(
-    params: Params, config: DecoderConfig, tokens: jax.Array, lengths: jax.Array
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    past: Segment | None = None,
 ) -> jax.Array:
     """The scalar that a sequence classifier gives each sequence, read at its last token.
 
@@ -305,6 +309,7 @@ def reward(
       config: Its configuration.
       tokens: `i32[B, T]`, left-aligned.
       lengths: `i32[B]`, real tokens of each row, at least 1.
+      past: What stands before each row, if it was read already.
 
     Returns:
       `f32[B]`. Pure; jit with static `config`.
@@ -314,7 +319,11 @@ def reward(
     """
     if config.num_labels != 1:
         raise ValueError(f"a reward needs a head of one output; num_labels={config.num_labels}")
-    hidden, _ = forward(params, config, tokens, length=lengths)
+    if past is None:
+        hidden, _ = forward(params, config, tokens, length=lengths)
+    else:
+        start = past.start + past.length
+        hidden, _ = forward(params, config, tokens, length=lengths, start=start, past=(past,))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     out: Any = Decoder(config).apply({"params": params}, last, method=Decoder.classify)
     return out[:, 0]

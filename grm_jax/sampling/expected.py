@@ -273,12 +273,12 @@ def _chances(
                 _spelling_logprobs(params, config, (prefix, before), start, ending, spelled, sizes)
             )
 
-        return _each(config, of_place, *places)
+        return each(config, of_place, *places)
 
-    return _each(config, of_text, *map(jnp.asarray, rows))
+    return each(config, of_text, *map(jnp.asarray, rows))
 
 
-def _each(config: DecoderConfig, function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+def each(config: DecoderConfig, function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
     """Applies a function along the first axis, in parallel where the decoder allows it."""
     if config.experts is None:
         return jax.vmap(function)(*arguments)

@@ -14,7 +14,8 @@ from grm_jax import GRM, UsageError
 from grm_jax.distributed import make_mesh
 from grm_jax.models import Params, abstract_params, reward
 from grm_jax.prompts import load_template
-from grm_jax.sampling import MetaModel
+from grm_jax.sampling import MetaModel, prefill
+from grm_jax.sampling import meta as module
 
 TURNS = [{"role": "user", "content": "2+2?"}]
 RESPONSES = ["4", "5"]
@@ -46,6 +47,41 @@ def test_rewards_are_those_of_each_sequence_alone(meta: MetaModel) -> None:
     for value, ids in zip(found, sequences, strict=True):
         alone = reward(meta.params, meta.config, np.asarray([ids]), np.asarray([len(ids)]))
         assert value == pytest.approx(float(alone[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_sequences_begin_with_is_read_once(
+    meta: MetaModel, monkeypatch: pytest.MonkeyPatch, devices: int
+) -> None:
+    if devices > 1:
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        params = jax.device_put(meta.params, NamedSharding(mesh, PartitionSpec()))
+        meta = dataclasses.replace(meta, params=params, mesh=mesh)
+    long = [{"role": "user", "content": "2+2? " * 120}]
+    texts = ["the first is right", "no", "", "the second is " * 9, "the first", "1"]
+    names = ["a", "b", "a", "a", "b", "c"]
+    sequences = [
+        meta.tokens(long, RESPONSES if name == "a" else RESPONSES[::-1], text)
+        for name, text in zip(names, texts, strict=True)
+    ]
+    read: list[int] = []
+
+    def watched(*arguments: Any) -> Any:
+        read.append(int(arguments[-1][0]))
+        return prefill(*arguments)
+
+    monkeypatch.setattr(module, "prefill", watched)
+    wanted = meta.rewards(sequences)
+    assert not read
+    found = meta.rewards(sequences, alike=names)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    # Of two names there are several sequences; the third is read as it is.
+    assert len(read) == 2
+    assert all(len(sequences[0]) - 40 < length < len(sequences[0]) for length in read)
+    # A short beginning is not worth it.
+    short = [meta.tokens(TURNS, RESPONSES, text) for text in texts[:2]]
+    np.testing.assert_array_equal(meta.rewards(short, alike=["a", "a"]), meta.rewards(short))
+    assert len(read) == 2
 
 
 def test_devices_share_out_the_sequences(meta: MetaModel) -> None:
