@@ -46,12 +46,14 @@ class Load:
       statuses: Answers by status.
       seconds: Of each request that was answered, from its first try on.
       wrong: Answers that were not their request's, in words.
+      judged: Answers that have scores.
       own: Comparisons that only one client sent, with their answers.
     """
 
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     seconds: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    judged: int = 0
     own: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
 
 
@@ -128,6 +130,7 @@ async def client(
                 continue
             load.seconds.append(time.perf_counter() - began)
             found = substance(answer)
+            load.judged += found["error"] is None
             if found["id"] != record["id"]:
                 load.wrong.append(f"{record['id']} got the answer of {found['id']}")
             elif expected is None:
@@ -205,6 +208,8 @@ def run(args: argparse.Namespace, server: Server) -> tuple[str, list[str]]:
     together = len(load.seconds) / took
     wrong = list(load.wrong)
     wrong += ["an answer was not the same twice"] * (again != expected)
+    few = f"only {load.judged} of {len(load.seconds)} answers have scores: {expected[0]['error']}"
+    wrong += [few] * (load.judged < len(load.seconds))
     wrong += [
         f"{record['id']} got another answer than alone"
         for (record, found), truth in zip(rechecked, late, strict=True)
@@ -221,7 +226,7 @@ def run(args: argparse.Namespace, server: Server) -> tuple[str, list[str]]:
     rows = [
         ("clients at once", f"{args.clients}"),
         ("load, until the last answer", f"{took:.0f} s"),
-        ("answers", f"{len(load.seconds)}"),
+        ("answers, and those with scores", f"{len(load.seconds)}, {load.judged}"),
         ("statuses", ", ".join(f"{k}: {v}" for k, v in sorted(load.statuses.items()))),
         ("answers with another's nonce or scores", f"{len(load.wrong)}"),
         ("seconds to an answer, p50", f"{percentile(load.seconds, 0.5):.1f}"),
@@ -236,7 +241,7 @@ def run(args: argparse.Namespace, server: Server) -> tuple[str, list[str]]:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = (
         f"# The service under load\n\n`python benchmarks/service.py` on {machine()}: "
-        f"`{args.model}`, {args.samples} samples of up to {args.max_new_tokens} tokens for each "
+        f"`{args.model}`, {args.samples} sample{'s' * (args.samples > 1)} of up to {args.max_new_tokens} tokens for each "
         "comparison of two or three responses of 3 to 160 words. A client that is told to come "
         "back later (429) does; the time to its answer begins with the first try.\n\n"
         f"| | |\n| --- | --- |\n{table}\n"
@@ -251,9 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--pool", type=int, default=48, help="comparisons that are shared")
+    parser.add_argument("--pool", type=int, default=16, help="comparisons that are shared")
     parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("serve", nargs="*", help="further flags of `grm-jax serve`, after --")
     args = parser.parse_args(arguments)

@@ -23,7 +23,6 @@ def test_notebooks_are_stored_without_outputs_and_say_how_long_they_take(name: s
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRM_JAX_QUICK", "1")
