@@ -130,7 +130,7 @@ async def client(
                 continue
             load.seconds.append(time.perf_counter() - began)
             found = substance(answer)
-            load.judged += found["error"] is None
+            load.judged += "scores" in found
             if found["id"] != record["id"]:
                 load.wrong.append(f"{record['id']} got the answer of {found['id']}")
             elif expected is None:
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace, server: Server) -> tuple[str, list[str]]:
     together = len(load.seconds) / took
     wrong = list(load.wrong)
     wrong += ["an answer was not the same twice"] * (again != expected)
-    few = f"only {load.judged} of {len(load.seconds)} answers have scores: {expected[0]['error']}"
+    few = f"only {load.judged} of {len(load.seconds)} answers have scores, not {expected[0]}"
     wrong += [few] * (load.judged < len(load.seconds))
     wrong += [
         f"{record['id']} got another answer than alone"
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace, server: Server) -> tuple[str, list[str]]:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = (
         f"# The service under load\n\n`python benchmarks/service.py` on {machine()}: "
-        f"`{args.model}`, {args.samples} sample{'s' * (args.samples > 1)} of up to {args.max_new_tokens} tokens for each "
+        f"`{args.model}`, samples of up to {args.max_new_tokens} tokens, {args.samples} for each "
         "comparison of two or three responses of 3 to 160 words. A client that is told to come "
         "back later (429) does; the time to its answer begins with the first try.\n\n"
         f"| | |\n| --- | --- |\n{table}\n"
