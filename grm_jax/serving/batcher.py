@@ -180,7 +180,8 @@ class Batcher(Generic[Request]):
             try:
                 self._run()
             except Exception as error:  # the callers must hear of it, and the others are served
-                for ticket in {ticket for ticket, _ in self._flying}:
+                at_fault = self._flying or {key for key, _, _ in self._unfinished()[:1]}
+                for ticket in {ticket for ticket, _ in at_fault}:
                     self._fail(ticket, error)
                 self._stream, self._flying = None, set()
             self._worked += time.perf_counter() - began
@@ -206,13 +207,7 @@ class Batcher(Generic[Request]):
         if self._stream is not None and given_up:
             self._stream.drop(given_up)
             self._flying -= given_up
-        unfinished = [
-            ((ticket, number), ticket.plan.jobs[number], shape)
-            for ticket in self._active
-            if ticket.plan is not None and not ticket.future.done()
-            for number, shape in enumerate(ticket.shapes)
-            if number not in ticket.results
-        ]
+        unfinished = self._unfinished()
         if not unfinished:
             return
         (ticket, _), _, oldest = first = unfinished[0]
@@ -237,6 +232,16 @@ class Batcher(Generic[Request]):
         self._flying -= results.keys()
         for (ticket, number), result in results.items():
             ticket.results[number] = result
+
+    def _unfinished(self) -> list[tuple[tuple[_Ticket[Request], int], Any, Hashable]]:
+        """Jobs without a result, the oldest first, by ticket and number; and their shapes."""
+        return [
+            ((ticket, number), ticket.plan.jobs[number], shape)
+            for ticket in self._active
+            if ticket.plan is not None and not ticket.future.done()
+            for number, shape in enumerate(ticket.shapes)
+            if number not in ticket.results
+        ]
 
     def _answer(self) -> None:
         """Answers what is complete."""

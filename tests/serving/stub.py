@@ -24,12 +24,16 @@ class StubEngine:
       go: What each batch waits for.
       seconds: How long a batch then takes.
       batches: The jobs of each batch.
+      turns: How many batches a job takes.
+      full: Whether there is no room for the next stream that is opened.
     """
 
     limit: int = 4
     go: threading.Event = field(default_factory=threading.Event)
     seconds: float = 0.0
     batches: list[list[Any]] = field(default_factory=list)
+    turns: int = 1
+    full: bool = False
 
     def __post_init__(self) -> None:
         self.go.set()
@@ -45,18 +49,23 @@ class StubEngine:
         return Plan(
             jobs=jobs,
             shape=lambda job: type(job),
-            open_stream=lambda shape: StubStream(self),
+            open_stream=self._open,
             finish=finish,
         )
 
-    def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        """Runs jobs together, which are their own results."""
+    def _open(self, shape: Any) -> "StubStream":
+        if self.full:
+            self.full = False
+            raise RuntimeError("no memory is left")
+        return StubStream(self)
+
+    def run(self, jobs: Sequence[Any]) -> None:
+        """Runs jobs together."""
         self.batches.append(list(jobs))
         assert self.go.wait(30)
         time.sleep(self.seconds)
         if any("explode" in str(job) for job in jobs):
             raise RuntimeError("a device is gone")
-        return jobs
 
     def _judge(self, results: Sequence[JudgeRequest]) -> Any:
         request = results[0]
@@ -76,20 +85,31 @@ class StubEngine:
 
 @dataclass
 class StubStream:
-    """A stream whose jobs are done as soon as they have run once."""
+    """A stream whose jobs are done when they have run so many times."""
 
     engine: StubEngine
-    running: int = 0
+    jobs: dict[Any, Any] = field(default_factory=dict)
+    turns: dict[Any, int] = field(default_factory=dict)
+
+    @property
+    def running(self) -> int:
+        return len(self.jobs)
 
     @property
     def room(self) -> int:
-        return self.engine.limit
+        return self.engine.limit - len(self.jobs)
 
     def run(self, jobs: Mapping[Any, Any], *, steps: int | None = None) -> dict[Any, Any]:
-        return dict(zip(jobs, self.engine.run(list(jobs.values())), strict=True))
+        assert len(jobs) <= self.room
+        self.jobs |= jobs
+        self.engine.run(list(self.jobs.values()))
+        self.turns = {key: self.turns.get(key, 0) + 1 for key in self.jobs}
+        ended = [key for key, turns in self.turns.items() if turns == self.engine.turns]
+        return {key: self.jobs.pop(key) for key in ended}
 
     def drop(self, keys: Set[Any]) -> None:
-        raise AssertionError("nothing runs on")
+        for key in keys:
+            del self.jobs[key], self.turns[key]
 
 
 def make_service(engine: StubEngine, **options: Any) -> Service:
