@@ -15,10 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds every page that the navigation names and this folder has not."""
+    """Adds every page that the navigation names and this folder has not, and their pictures."""
     for path in _paths(config["nav"]):
         if files.get_file_from_path(path) is None:
             files.append(File.generated(config, path, content=content_of(path)))
+    for picture in sorted(ROOT.glob("benchmarks/*.png")):
+        path = picture.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, path, abs_src_path=str(picture)))
     return files
 
 

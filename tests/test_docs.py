@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-# What asks for a model is slow and needs a download.
+# What asks for a model needs a download, once for all pages.
 _NEEDS_MODEL = ('from_pretrained("', "checkpoints.load(")
 
 
@@ -43,7 +43,6 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     execute(snippets)
 
 
-@pytest.mark.slow
 def test_snippets_that_need_a_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for page in PAGES:
@@ -100,7 +99,6 @@ def test_files_that_pages_name_exist() -> None:
             assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
