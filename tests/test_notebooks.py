@@ -26,8 +26,9 @@ def test_notebooks_are_stored_without_outputs_and_say_how_long_they_take(name: s
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRM_JAX_QUICK", "1")
-    # A kernel of one device, as people have it.
+    # A kernel of one device and of fast code, as people have it.
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     notebook = nbformat.read(FOLDER / name, as_version=4)
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
