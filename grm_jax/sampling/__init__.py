@@ -1,19 +1,20 @@
 """Sampling judgements: orders, streams of jobs, the layout constraint and the decoding loop."""
 
+from grm_jax.sampling.drawing import Controls, truncate
 from grm_jax.sampling.expected import SCORE_POLICIES, ScoreReader
 from grm_jax.sampling.layout import Layout, judgement_layout
 from grm_jax.sampling.meta import MetaModel, judged_tokens
 from grm_jax.sampling.orders import ORDER_POLICIES, response_orders
-from grm_jax.sampling.sampler import (
-    Controls,
-    Rollouts,
-    decode,
-    empty_prefix,
-    place_prefix,
-    prefill,
-    truncate,
+from grm_jax.sampling.prefix import empty_prefix, place_prefix, prefill
+from grm_jax.sampling.sampler import Rollouts, decode
+from grm_jax.sampling.scheduling import (
+    LENGTHS,
+    Scheduler,
+    Stream,
+    bucket,
+    power_of_two,
+    run_in_order,
 )
-from grm_jax.sampling.scheduling import LENGTHS, Stream, bucket, power_of_two, run_in_order
 
 __all__ = [
     "LENGTHS",
@@ -23,6 +24,7 @@ __all__ = [
     "Layout",
     "MetaModel",
     "Rollouts",
+    "Scheduler",
     "ScoreReader",
     "Stream",
     "bucket",

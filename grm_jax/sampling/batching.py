@@ -18,8 +18,8 @@ from grm_jax.distributed import batch_parts
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, cpu_decoder
 from grm_jax.prompts import Tokenizer
+from grm_jax.sampling.drawing import Controls
 from grm_jax.sampling.layout import Layout, judgement_layout
-from grm_jax.sampling.sampler import Controls
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
 # Rows of a decoding batch on each device if the caller does not say, always: kernels choose how to

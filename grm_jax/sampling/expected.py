@@ -31,7 +31,7 @@ from grm_jax.distributed import batch_parts, split_rows
 from grm_jax.models import DecoderConfig, Params, Segment, forward, forward_parallel, unembed
 from grm_jax.prompts import Tokenizer
 from grm_jax.sampling.batching import PromptJob, PromptResult, on_cpu
-from grm_jax.sampling.sampler import prefill
+from grm_jax.sampling.prefix import prefill
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
 ScorePolicy = Literal["sampled", "expected"]

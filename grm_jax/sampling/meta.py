@@ -14,7 +14,7 @@ from grm_jax.models import DecoderConfig, Params, Segment, reward
 from grm_jax.prompts import Template, Tokenizer, encode_chat, render
 from grm_jax.sampling.batching import on_cpu
 from grm_jax.sampling.expected import each
-from grm_jax.sampling.sampler import prefill
+from grm_jax.sampling.prefix import prefill
 from grm_jax.sampling.scheduling import bucket, power_of_two
 
 _CPU_TOKENS = 8_192

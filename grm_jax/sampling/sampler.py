@@ -15,21 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from grm_jax.distributed import BATCH_AXES, Axes, logical_to_sharding
-from grm_jax.models import (
-    DecoderConfig,
-    Params,
-    Segment,
-    forward,
-    forward_parallel,
-    layer_of,
-    unembed,
-)
+from grm_jax.distributed import Axes, logical_to_sharding
+from grm_jax.models import DecoderConfig, Params, Segment, forward_parallel, unembed
+from grm_jax.sampling.drawing import Controls, draw_token
 from grm_jax.sampling.layout import Layout, LayoutState, advance, allowed_edges
-
-_CDF_BLOCK = 128
+from grm_jax.sampling.prefix import rows_axis
 
 
 class Rollouts(NamedTuple):
@@ -50,164 +42,6 @@ class Rollouts(NamedTuple):
     stopped: jax.Array
     logprobs: jax.Array
     sampled_logprobs: jax.Array
-
-
-class Controls(NamedTuple):
-    """Sampling settings that may change without recompiling; each is a scalar.
-
-    Attributes:
-      temperature: `f32[]`, at least 0; not read when sampling is greedy.
-      top_p: `f32[]`, in (0, 1].
-      max_new_tokens: `i32[]`.
-    """
-
-    temperature: jax.Array
-    top_p: jax.Array
-    max_new_tokens: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def prefill(params: Params, config: DecoderConfig, tokens: jax.Array, length: jax.Array) -> Segment:
-    """Keys and values of prompts.
-
-    Args:
-      params: Parameters of the decoder.
-      config: Its configuration.
-      tokens: `i32[B, P]`, left-aligned.
-      length: `i32[B]`, tokens to attend to later.
-
-    Returns:
-      A `Segment` over all layers.
-    """
-    return forward(params, config, tokens, length=length)[1]
-
-
-def empty_prefix(
-    config: DecoderConfig, *, rows: int, size: int, mesh: Mesh | None = None
-) -> Segment:
-    """Room for the prompts of `rows` rows, for `place_prefix` to fill; an empty row has length 0.
-
-    Args:
-      config: Of the decoder that runs the loop: its `scan_layers` says whether layers are stacked.
-      rows: B, a multiple of the parts of the mesh.
-      size: P, at least the padded length of every prompt to come.
-      mesh: Over whose devices the rows are split; None for one device.
-    """
-    heads, key, value = config.cache_heads
-    axis = _rows_axis(config)
-    cached = None if mesh is None else NamedSharding(mesh, _split(axis))
-    each = None if mesh is None else NamedSharding(mesh, _split(0))
-
-    def room(*sizes: int) -> tuple[jax.Array, ...]:
-        return tuple(
-            jnp.zeros((*lead, rows, heads, *sizes), config.dtype, device=cached)
-            for lead in config.cache_leads
-        )
-
-    zeros = jnp.zeros(rows, jnp.int32, device=each)
-    values = (None,) * len(config.cache_leads) if value is None else room(size, value)
-    return Segment(room(key, size), values, zeros, jnp.zeros_like(zeros))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "reader", "mesh"), donate_argnums=0)
-def place_prefix(
-    prefix: Segment,
-    segment: Segment,
-    rows: jax.Array | np.ndarray,
-    prompts: jax.Array | np.ndarray,
-    count: jax.Array | np.ndarray | int,
-    config: DecoderConfig,
-    reader: DecoderConfig,
-    mesh: Mesh | None = None,
-) -> Segment:
-    """Writes prompts into rows, one after another and in place.
-
-    Rows that are split over D parts of a mesh get prompts that were read in the same part; rows and
-    prompts are counted within it.
-
-    Args:
-      prefix: From `empty_prefix`; used up.
-      segment: From `prefill`.
-      rows: `i32[D * M]`, rows to write to.
-      prompts: `i32[D * M]`, which prompt of the segment each of them gets.
-      count: `i32[D]`, how many of the M are to be written; the others only keep the shape the same.
-      config: Of the decoder that runs the loop.
-      reader: Of the one that read the prompts, whose layers may be stacked where the other's are
-        not.
-      mesh: Over whose devices rows and prompts are split; None for one device.
-
-    Returns:
-      The prefix with the prompts in their rows.
-    """
-    counts = jnp.asarray(count).reshape(-1)
-    arguments = (prefix, segment, jnp.asarray(rows), jnp.asarray(prompts), counts)
-    place = functools.partial(_place_prefix, config=config, reader=reader)
-    if mesh is None:
-        return place(*arguments)
-    split = jax.shard_map(
-        place,
-        mesh=mesh,
-        in_specs=(_split_rows(config), _split_rows(reader), *(_split(0) for _ in arguments[2:])),
-        out_specs=_split_rows(config),
-        axis_names=set(BATCH_AXES),
-        check_vma=False,
-    )
-    return split(*arguments)
-
-
-def _rows_axis(config: DecoderConfig) -> int:
-    """Which axis of cached keys and values is that of the rows."""
-    return 1 if config.scan_layers else 0
-
-
-def _split(axis: int) -> PartitionSpec:
-    """An axis split over the mesh as batches are."""
-    return PartitionSpec(*(None for _ in range(axis)), BATCH_AXES)
-
-
-def _split_rows(config: DecoderConfig) -> Any:
-    """The partition of a `Segment` over all layers."""
-    cached = _split(_rows_axis(config))
-    rows: Any = _split(0)
-    return Segment(cached, cached, rows, rows)
-
-
-def _place_prefix(
-    prefix: Segment,
-    segment: Segment,
-    rows: jax.Array,
-    prompts: jax.Array,
-    count: jax.Array,
-    *,
-    config: DecoderConfig,
-    reader: DecoderConfig,
-) -> Segment:
-    """`place_prefix` of one part."""
-    axis = _rows_axis(config)
-    keys, values = segment.keys, segment.values
-    if reader.scan_layers and not config.scan_layers:
-        keys, values = (
-            tuple(layer_of(stacked, reader, layer) for layer in range(config.num_layers))
-            for stacked in (keys, values)
-        )
-
-    def put(index: jax.Array, held: Segment) -> Segment:
-        row, prompt = rows[index], prompts[index]
-
-        def write(room: jax.Array, new: jax.Array) -> jax.Array:
-            one = jax.lax.dynamic_index_in_dim(new, prompt, axis).astype(room.dtype)
-            place = [jnp.int32(0)] * room.ndim
-            place[axis] = row
-            return jax.lax.dynamic_update_slice(room, one, place)
-
-        return Segment(
-            jax.tree.map(write, held.keys, keys),
-            jax.tree.map(write, held.values, values),
-            held.start.at[row].set(segment.start[prompt]),
-            held.length.at[row].set(segment.length[prompt]),
-        )
-
-    return jax.lax.fori_loop(0, count[0], put, prefix)
 
 
 class Decoding(NamedTuple):
@@ -386,7 +220,7 @@ def decode_until(
     def pick(
         key: jax.Array, logits: jax.Array, at: LayoutState, layout: Layout | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, LayoutState]:
-        token, logprob, sampled = _sample(
+        token, logprob, sampled = draw_token(
             key,
             logits,
             controls,
@@ -409,7 +243,7 @@ def decode_until(
         hidden, new = forward_parallel(params, config, token, past=(prefix,), own=own)
         logits = unembed(params, config, hidden)
         token, logprob, sampled, at = pick_rows(fold_rows(keys, step), logits, at, layout)
-        alive = ~_finished(out, controls)
+        alive = ~finished(out, controls.max_new_tokens)
         goes_on = alive.any(axis=-1)
         # The place is `step`, but known only once a token is: else XLA, which cannot tell that the
         # cache is read before it is written, would copy it.
@@ -432,7 +266,7 @@ def decode_until(
 
     def wanted(carry: tuple[jax.Array, Decoding]) -> jax.Array:
         count, batch = carry
-        done = _finished(batch.out, controls).all(axis=-1)
+        done = finished(batch.out, controls.max_new_tokens).all(axis=-1)
         return (done.sum() < ended) & (count < steps)
 
     batch = jax.lax.while_loop(wanted, body, (jnp.int32(0), batch))[1]
@@ -511,7 +345,7 @@ def _append(
     config: DecoderConfig,
 ) -> Segment:
     """The samples' segment with the keys and values of one more token, where each row is."""
-    rows = _rows_axis(config)
+    rows = rows_axis(config)
 
     def write(axis: int, cache: jax.Array, token: jax.Array) -> jax.Array:
         def one(cache: jax.Array, token: jax.Array, place: jax.Array) -> jax.Array:
@@ -528,88 +362,6 @@ def _append(
     )
 
 
-def _finished(out: Rollouts, controls: Controls) -> jax.Array:
-    return out.stopped | (out.length >= controls.max_new_tokens)
-
-
-def _sample(
-    key: jax.Array,
-    logits: jax.Array,
-    controls: Controls,
-    *,
-    mask: jax.Array | None,
-    edges: tuple[jax.Array, jax.Array, jax.Array] | None,
-    greedy: bool,
-    top_k: int,
-    nucleus: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token from logits `f32[V]`, its log-probability in full and as sampled."""
-    scaled = logits if greedy else logits / controls.temperature
-    top = scaled.max()
-    log_total = jnp.log(jnp.exp(scaled - top).sum()) + top
-    kept = scaled if mask is None or edges is None else jnp.where(mask, scaled, -jnp.inf)
-    kept = truncate(kept, top_k=top_k, top_p=controls.top_p if nucleus else None)
-    token, log_kept = _draw(key, kept, greedy=greedy)
-    if edges is not None:
-        free, candidates, open_ = edges
-        few = jnp.where(open_, scaled[candidates], -jnp.inf)
-        place, log_few = _draw(key, few, greedy=greedy)
-        # A sample that has ended has no edge left; what it goes on with must still be a token.
-        token = jnp.where(free, token, jnp.maximum(candidates[place], 0))
-        log_kept = jnp.where(free, log_kept, log_few)
-    chosen = scaled[token]
-    sampled = jnp.zeros_like(chosen) if greedy else chosen - log_kept
-    return token, chosen - log_total, sampled
-
-
-def _draw(key: jax.Array, scaled: jax.Array, *, greedy: bool) -> tuple[jax.Array, jax.Array]:
-    """A draw from `softmax(scaled)` and the log of the normaliser.
-
-    One uniform number is looked up in the cumulative distribution, block by block: a pass over the
-    vocabulary instead of one random number for each of its tokens.
-    """
-    top = scaled.max()
-    if greedy:
-        return scaled.argmax().astype(jnp.int32), top
-    weights = jnp.exp(scaled - top)
-    padded = jnp.pad(weights, (0, -weights.shape[0] % _CDF_BLOCK)).reshape(-1, _CDF_BLOCK)
-    block_sums = padded.sum(axis=-1)
-    cumulative = jnp.cumsum(block_sums)
-    total = cumulative[-1]
-    target = jax.random.uniform(key) * total
-    block = _first_above(cumulative, target, block_sums)
-    rest = jnp.maximum(target - (cumulative[block] - block_sums[block]), 0.0)
-    inside = padded[block]
-    place = _first_above(jnp.cumsum(inside), rest, inside)
-    return (block * _CDF_BLOCK + place).astype(jnp.int32), jnp.log(total) + top
-
-
-def _first_above(cumulative: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
-    """First index whose cumulative weight exceeds the target; never one of zero weight."""
-    index = (cumulative <= target).sum()
-    positive = jnp.where(weights > 0, jnp.arange(weights.shape[0]), 0)
-    return jnp.minimum(index, positive.max())
-
-
-def truncate(scaled: jax.Array, *, top_k: int = 0, top_p: jax.Array | None = None) -> jax.Array:
-    """Logits `f32[V]` with all but the likeliest tokens at -inf.
-
-    Args:
-      scaled: Logits after the temperature.
-      top_k: Keep this many (and what ties with the last of them); 0 keeps all.
-      top_p: Keep the fewest likeliest tokens whose probability, among those `top_k` left, reaches
-        this; None keeps all.
-    """
-    if top_k == 0 and top_p is None:
-        return scaled
-    ordered = jnp.sort(scaled, descending=True)
-    if top_k:
-        floor = ordered[min(top_k, scaled.shape[0]) - 1]
-        scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
-        ordered = jnp.where(ordered >= floor, ordered, -jnp.inf)
-    if top_p is not None:
-        probabilities = jax.nn.softmax(ordered)
-        before = jnp.cumsum(probabilities) - probabilities
-        floor = jnp.where(before < top_p, ordered, jnp.inf).min()
-        scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
-    return scaled
+def finished(out: Rollouts, max_new_tokens: jax.Array | int) -> jax.Array:
+    """Which samples `bool[B, K]` go no further: an end of turn or the limit has come."""
+    return out.stopped | (out.length >= max_new_tokens)

@@ -6,9 +6,9 @@ for a record is the same whatever it was batched with.
 """
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar, final
 
 Item = TypeVar("Item")
 Job = TypeVar("Job")
@@ -45,9 +45,6 @@ class Stream(Protocol[Job_contra, Result]):
         """Gives up jobs that are running, by the names they were added with."""
 
 
-# How many jobs may enter a stream while the oldest waits for another one, in streams' full.
-_OVERTAKING = 2
-
 LENGTHS = tuple(size << doubling for doubling in range(13) for size in (32, 48))
 """Padded lengths, in tokens: two to a doubling, so that few programs are compiled."""
 
@@ -65,6 +62,98 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+@final
+class Scheduler(Generic[Key, Job, Shape, Result]):
+    """Runs jobs in one stream at a time, and decides what may enter it.
+
+    A stream is opened for the oldest unfinished job and takes jobs of its shape. Once the oldest
+    is of another shape, only so many more enter, and the next stream begins when this one is empty:
+    so the wait of no job depends on how many come after it.
+
+    Args:
+      open_stream: Makes the stream of a job's shape.
+      overtaking: How many jobs may enter while the oldest waits for another stream, as a multiple
+        of those a stream holds.
+
+    Attributes:
+      running: The jobs in the stream.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[Key, Shape], Stream[Job, Result]], *, overtaking: int = 0
+    ) -> None:
+        self.running: set[Key] = set()
+        self._open_stream = open_stream
+        self._overtaking = overtaking
+        self._overtaken = 0
+        self._stream: Stream[Job, Result] | None = None
+        self._shape: Shape | None = None
+
+    def run(
+        self, unfinished: Iterable[tuple[Key, Job, Shape]], *, steps: int | None = None
+    ) -> dict[Key, Result]:
+        """Lets jobs enter and runs the stream for a while.
+
+        Args:
+          unfinished: Jobs without a result, the oldest first, with names of their own and their
+            shapes; those that run are among them.
+          steps: As of `Stream.run`.
+
+        Returns:
+          The results of those that have ended.
+        """
+        rest = iter(unfinished)
+        oldest = next(rest, None)
+        if oldest is None:
+            return {}
+        key, _, shape = oldest
+        if self._stream is None or (not self.running and shape != self._shape):
+            # The room of the last one, before there is room for another.
+            self._stream = None
+            self._stream, self._shape = self._open_stream(key, shape), shape
+        stream, room = self._stream, self._stream.room
+        waits = key not in self.running and shape != self._shape
+        if waits:
+            room = min(room, self._overtaking * (room + stream.running) - self._overtaken)
+        waiting = (
+            (key, job)
+            for key, job, shape in itertools.chain([oldest], rest)
+            if shape == self._shape and key not in self.running
+        )
+        new = dict(itertools.islice(waiting, room))
+        self._overtaken = self._overtaken + len(new) if waits else 0
+        self.running |= new.keys()
+        results = stream.run(new, steps=steps)
+        self.running -= results.keys()
+        return results
+
+    def drop(self, keys: Set[Key]) -> None:
+        """Gives up jobs, by their names; those that run make room."""
+        keys = keys & self.running
+        if self._stream is not None and keys:
+            self._stream.drop(keys)
+            self.running -= keys
+
+    def reset(self) -> None:
+        """Gives up the stream with all that runs in it."""
+        self._stream, self.running = None, set()
+
+
+@dataclass(kw_only=True, eq=False)
+class _Held(Generic[Item, Job, Shape, Result]):
+    """An item whose turn has not come: its jobs with their shapes, and results by place."""
+
+    item: Item
+    jobs: list[tuple[Job, Shape]]
+    results: dict[int, Result] = field(default_factory=dict)
+
+    def found(self) -> list[Result] | None:
+        """The results of all jobs, or None while one is missing."""
+        places = range(len(self.jobs))
+        complete = len(self.results) == len(self.jobs)
+        return [self.results[place] for place in places] if complete else None
+
+
 def run_in_order(
     items: Iterable[Item],
     *,
@@ -76,10 +165,9 @@ def run_in_order(
 ) -> Iterator[tuple[Item, list[Result]]]:
     """Runs the jobs of many items in streams of equal shape and yields items in order.
 
-    A stream begins with the first unfinished job of the first unfinished item, and is filled with
-    jobs of its shape from the items ahead. Once that first job is of another shape, at most twice
-    as many enter as the stream holds, since rows run empty at the end of each stream; then the next
-    one begins. So the wait for the next result to be yielded is bounded.
+    As a `Scheduler` does it, with the items' order for age: while the oldest job waits for another
+    stream, at most twice as many enter as a stream holds, since rows run empty at the end of each.
+    So the wait for the next result to be yielded is bounded.
 
     Args:
       items: Read only as far ahead as `lookahead`.
@@ -93,51 +181,34 @@ def run_in_order(
       Each item with its results, in the order of its jobs.
     """
     source = enumerate(items)
-    window: deque[tuple[int, Item, list[Job], dict[int, Result]]] = deque()
-    flying: set[tuple[int, int]] = set()
-    stream: Stream[Job, Result] | None = None
-    opened: Shape | None = None
-    overtaken = 0
+    window: dict[int, _Held[Item, Job, Shape, Result]] = {}
+    scheduler: Scheduler[tuple[int, int], Job, Shape, Result] = Scheduler(
+        lambda key, shape: open_stream(shape), overtaking=2
+    )
 
-    def refill() -> None:
-        while len(window) < lookahead:
-            try:
-                number, item = next(source)
-            except StopIteration:
-                return
-            window.append((number, item, list(jobs(item)), {}))
+    def shaped(jobs: Iterable[Job]) -> list[tuple[Job, Shape]]:
+        return [(job, shape(job)) for job in jobs]
+
+    def unfinished() -> Iterator[tuple[tuple[int, int], Job, Shape]]:
+        for number, held in window.items():
+            for place, (job, its_shape) in enumerate(held.jobs):
+                if place not in held.results:
+                    yield (number, place), job, its_shape
 
     while True:
-        refill()
+        for number, item in itertools.islice(source, lookahead - len(window)):
+            window[number] = _Held(item=item, jobs=shaped(jobs(item)))
         if not window:
             return
-        number, item, todo, done = window[0]
-        if len(done) == len(todo):
-            window.popleft()
-            yield item, [done[index] for index in range(len(todo))]
+        first = next(iter(window))
+        if (complete := window[first].found()) is not None:
+            yield window.pop(first).item, complete
             continue
-        first = next(index for index in range(len(todo)) if index not in done)
-        if stream is None or (not flying and shape(todo[first]) != opened):
-            # The room of the last one, before there is room for another.
-            stream = None
-            opened = shape(todo[first])
-            stream = open_stream(opened)
-        waits = (number, first) not in flying and shape(todo[first]) != opened
-        left = _OVERTAKING * (stream.room + stream.running) - overtaken if waits else stream.room
-        waiting = (
-            ((number, index), job)
-            for number, _, todo, done in window
-            for index, job in enumerate(todo)
-            if index not in done and (number, index) not in flying and shape(job) == opened
-        )
-        new = dict(itertools.islice(waiting, min(stream.room, left)))
-        overtaken = overtaken + len(new) if waits else 0
-        flying |= new.keys()
-        results = stream.run(new)
-        flying -= results.keys()
-        for number, item, todo, done in window:
-            found = {index: result for (owner, index), result in results.items() if owner == number}
-            done |= found
+        results = scheduler.run(unfinished())
+        for (number, place), result in results.items():
+            window[number].results[place] = result
+        for number in sorted({number for number, _ in results}):
+            held = window[number]
             # At once, so that the next rounds of different items run together.
-            if found and len(done) == len(todo):
-                todo += more(item, [done[index] for index in range(len(todo))])
+            if (complete := held.found()) is not None:
+                held.jobs += shaped(more(held.item, complete))

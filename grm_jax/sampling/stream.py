@@ -21,15 +21,8 @@ from grm_jax.distributed import split_rows
 from grm_jax.rewards import extract_scores, restore_order
 from grm_jax.sampling.batching import JobShape, JudgeSampler, PromptJob, PromptResult
 from grm_jax.sampling.layout import Layout
-from grm_jax.sampling.sampler import (
-    Rollouts,
-    admit,
-    begin,
-    decode_until,
-    empty_prefix,
-    place_prefix,
-    prefill,
-)
+from grm_jax.sampling.prefix import empty_prefix, place_prefix, prefill
+from grm_jax.sampling.sampler import Rollouts, admit, begin, decode_until, finished
 from grm_jax.sampling.scheduling import bucket
 
 Key = TypeVar("Key", bound=Hashable)
@@ -165,6 +158,7 @@ class JudgeStream:
             active[place, : len(job.keys)] = True
             # Samples that only fill the row up repeat real ones.
             self._keys[place] = job.keys[np.arange(self._shape.samples) % len(job.keys)]
+            self._order[place] = np.arange(self._shape.responses)
             self._order[place, : len(job.order)] = job.order
             self._counts[place] = len(job.order)
             if sampler.settings.constrain:
@@ -274,7 +268,7 @@ def _scores(
         low=low,
         high=high,
     )
-    ended = (out.stopped | (out.length >= max_new_tokens)).all(axis=-1)
+    ended = finished(out, max_new_tokens).all(axis=-1)
     return restore_order(scores, jnp.broadcast_to(order[:, None], scores.shape)), valid, ended
 
 

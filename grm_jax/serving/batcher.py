@@ -2,12 +2,9 @@
 
 One thread owns the device. It runs one stream of jobs of equal shape (`grm_jax.sampling.stream`),
 which whoever asked for them share. Every few tokens it looks what has come in: new jobs of the
-stream's shape enter as soon as there is room. Once the oldest job that is not answered is of
-another shape, nothing more enters, and the next stream begins when this one has ended: so the wait
-of none depends on how many come after it.
+stream's shape enter as soon as there is room, as long as the oldest runs or is of that shape.
 """
 
-import itertools
 import math
 import threading
 import time
@@ -18,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
 from grm_jax.errors import UsageError
-from grm_jax.sampling import Stream
+from grm_jax.sampling import Scheduler, Stream
 
 Request = TypeVar("Request")
 
@@ -106,10 +103,10 @@ class Batcher(Generic[Request]):
         self._new: deque[_Ticket[Request]] = deque()
         self._active: list[_Ticket[Request]] = []
         self._draining = False
-        # What runs now; only the thread uses these.
-        self._stream: Stream[Any, Any] | None = None
-        self._opened: Hashable = None
-        self._flying: set[tuple[_Ticket[Request], int]] = set()
+        # Only the thread uses these.
+        self._scheduler: Scheduler[tuple[_Ticket[Request], int], Any, Hashable, Any] = Scheduler(
+            self._open_stream
+        )
         # Seconds of work for an answer, smoothed, and since the last one.
         self._pace = 1.0
         self._worked = 0.0
@@ -180,10 +177,10 @@ class Batcher(Generic[Request]):
             try:
                 self._run()
             except Exception as error:  # the callers must hear of it, and the others are served
-                at_fault = self._flying or {key for key, _, _ in self._unfinished()[:1]}
+                at_fault = self._scheduler.running or {key for key, _, _ in self._unfinished()[:1]}
                 for ticket in {ticket for ticket, _ in at_fault}:
                     self._fail(ticket, error)
-                self._stream, self._flying = None, set()
+                self._scheduler.reset()
             self._worked += time.perf_counter() - began
             self._answer()
 
@@ -203,35 +200,22 @@ class Batcher(Generic[Request]):
 
     def _run(self) -> None:
         """Runs the stream for a while, with what may enter it now."""
-        given_up = {job for job in self._flying if job[0].future.done()}
-        if self._stream is not None and given_up:
-            self._stream.drop(given_up)
-            self._flying -= given_up
+        self._scheduler.drop({key for key in self._scheduler.running if key[0].future.done()})
         unfinished = self._unfinished()
         if not unfinished:
             return
-        (ticket, _), _, oldest = first = unfinished[0]
-        if self._stream is None or (not self._flying and oldest != self._opened):
-            # The room of the last one, before there is room for another.
-            self._stream = None
-            assert ticket.plan is not None
-            self._stream, self._opened = ticket.plan.open_stream(oldest), oldest
-        entering = {}
-        if first[0] in self._flying or oldest == self._opened:
-            entering = {
-                key: job
-                for key, job, shape in unfinished
-                if shape == self._opened and key not in self._flying
-            }
-            entering = dict(itertools.islice(entering.items(), self._stream.room))
-        self._flying |= entering.keys()
         began = time.perf_counter()
-        jobs = len(self._flying)
-        results = self._stream.run(entering, steps=_STEPS)
+        results = self._scheduler.run(unfinished, steps=_STEPS)
+        jobs = len(results) + len(self._scheduler.running)
         self._observe(jobs, time.perf_counter() - began)
-        self._flying -= results.keys()
         for (ticket, number), result in results.items():
             ticket.results[number] = result
+
+    @staticmethod
+    def _open_stream(key: tuple[_Ticket[Request], int], shape: Hashable) -> Stream[Any, Any]:
+        plan = key[0].plan
+        assert plan is not None
+        return plan.open_stream(shape)
 
     def _unfinished(self) -> list[tuple[tuple[_Ticket[Request], int], Any, Hashable]]:
         """Jobs without a result, the oldest first, by ticket and number; and their shapes."""

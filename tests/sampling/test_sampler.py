@@ -19,8 +19,8 @@ from grm_jax.sampling import (
     prefill,
     truncate,
 )
+from grm_jax.sampling.drawing import draw
 from grm_jax.sampling.layout import LayoutState, advance, allowed_edges
-from grm_jax.sampling.sampler import _draw
 
 EOS = 257
 # Several, so that samples of a random model do end; they are the same in all tests, as are most
@@ -340,7 +340,7 @@ def test_truncate_always_leaves_the_likeliest() -> None:
 @functools.partial(jax.jit, static_argnames=("draws", "greedy"))
 def draw_often(scaled: jax.Array, draws: int, greedy: bool = False) -> tuple[jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(0), draws)
-    return jax.vmap(lambda key: _draw(key, scaled, greedy=greedy))(keys)
+    return jax.vmap(lambda key: draw(key, scaled, greedy=greedy))(keys)
 
 
 def test_draws_are_distributed_as_the_softmax() -> None:
