@@ -27,7 +27,12 @@ def get_config(folder: str = "data") -> ConfigDict:
     for stage in ("rft", "rl", "meta"):
         config[stage].data.comparisons = comparisons
         config[stage].model.remat = True
-        config[stage].mesh.fsdp = -1
+        # Parts of 4,608 / 32 = 144 rows: TPUs keep bfloat16 in tiles of 16, and parts that do not
+        # fill them are not gathered but summed, at twice the traffic.
+        config[stage].mesh.data = -1
+        config[stage].mesh.fsdp = 32
+    # For each token all parameters are read: an eighth of them from a chip's own memory.
+    config.rl.rollout.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 8, "expert": 1})
     return config
 
 

@@ -10,13 +10,15 @@ needs no change in it.
 - `expert`: the experts of a mixture are split.
 """
 
+import contextlib
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grm_jax.errors import UsageError
@@ -120,6 +122,44 @@ def logical_to_sharding(
             used = ()
         spec.append(used or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def arranged(mesh: Mesh, shape: Mapping[str, int]) -> Mesh:
+    """The same devices in the same order, as a mesh of other sizes.
+
+    So one program may take arrays from one mesh and give them on the other.
+
+    Args:
+      mesh: From `make_mesh`.
+      shape: As of `make_mesh`; an axis of size 0 is as long as that of the mesh.
+
+    Returns:
+      The mesh; the one that was given if its sizes are these.
+
+    Raises:
+      UsageError: As `make_mesh`.
+    """
+    wanted = {axis: size or mesh.shape.get(axis, 0) for axis, size in shape.items()}
+    sizes = _fill(wanted, mesh.size)
+    if sizes == dict(mesh.shape):
+        return mesh
+    devices = mesh.devices.reshape([sizes[axis] for axis in MESH_AXES])
+    return Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
+
+
+def rows_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array of this shape whose leading axis is the batch.
+
+    Where its rows cannot be shared out evenly over `data` and `fsdp`, every device has all of them.
+    """
+    return logical_to_sharding(("batch", *(None for _ in shape[1:])), mesh, shape=shape)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Where programs are called that name the axes of their arrays by `RULES`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        yield
 
 
 def local_mesh(shape: Mapping[str, int]) -> Mesh | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from grm_jax.distributed import with_shardings
+from grm_jax.distributed import on_mesh, with_shardings
 from grm_jax.errors import UsageError
 from grm_jax.plan.chips import GIB, Topology
 from grm_jax.plan.costs import Cost, program_cost
@@ -18,7 +18,7 @@ from grm_jax.plan.hlo import Array, Instruction
 from grm_jax.plan.paper import count_on_paper
 from grm_jax.plan.report import Memory, ProgramReport
 from grm_jax.plan.sizes import argument_bytes, held_bytes, report_of
-from grm_jax.plan.stages import Program, Stage, assumed_outputs
+from grm_jax.plan.stages import Program, Stage, rows_on
 from grm_jax.plan.work import kernel_flops
 
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
@@ -46,12 +46,12 @@ def plan_stage(
     """
     outputs: dict[str, Any] = {}
     reports = []
-    with stage.here():
-        for step in stage.steps:
-            program = step(outputs)
+    for step in stage.steps:
+        program = step(outputs)
+        with on_mesh(program.mesh):
             if only and program.name not in only:
                 shapes = jax.eval_shape(program.function, *program.arguments)
-                outputs[program.name] = assumed_outputs(shapes, stage.mesh)
+                outputs[program.name] = rows_on(shapes, program.mesh)
                 continue
             say(f"{stage.name}: {program.name}")
             report, outputs[program.name] = plan_program(program, stage, topology)
@@ -64,7 +64,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
 
     Args:
       program: The program.
-      stage: Its stage, in whose context this is called.
+      stage: Its stage. This is called on the mesh of the program.
       topology: What is compiled for.
 
     Returns:
@@ -78,7 +78,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
     shapes = traced.out_info
     on_paper = functools.partial(count_on_paper, program, stage, topology, given, beside=beside)
     if topology.chip.kind == "gpu":
-        return on_paper(), assumed_outputs(shapes, stage.mesh)
+        return on_paper(), rows_on(shapes, program.mesh)
     try:
         options = _NO_CODE if topology.chip.kind == "cpu" else {}
         compiled = traced.lower().compile(compiler_options=dict(options))
@@ -86,7 +86,7 @@ def plan_program(program: Program, stage: Stage, topology: Topology) -> tuple[Pr
         needs = needed_bytes(str(error))
         if needs is None:
             raise
-        return on_paper(needs=needs), assumed_outputs(shapes, stage.mesh)
+        return on_paper(needs=needs), rows_on(shapes, program.mesh)
     seconds = time.perf_counter() - began
     cost = read_cost(text_of(compiled), program, stage, topology)
     analysis = compiled.memory_analysis()

@@ -14,6 +14,7 @@ module is read here, and what stands in a loop is counted as often as the loop r
 All numbers are those of one chip, since a compiled module is one chip's program.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -194,7 +195,8 @@ class _Reader:
                 total.add(max(branches, key=lambda cost: (cost.flops, cost.moved), default=Cost()))
             case "fusion":
                 for part in one.called("calls"):
-                    total.add(self.cost(part, fused=True))
+                    inner = self.cost(part, fused=True)
+                    total.add(_scattered(inner) if self._scatters(part) else inner)
             case "call" | "async-start":
                 for part in one.called("calls", "to_apply", "called_computations"):
                     total.add(self.cost(part, fused=fused))
@@ -231,6 +233,19 @@ class _Reader:
         traffic = Traffic(1, payload, wire.get(kind, share * payload), payload)
         what = Collective(kind, chips, across)
         total.collectives[what] = total.collectives.get(what, Traffic()).plus(traffic, 1)
+
+    def _scatters(self, name: str) -> bool:
+        """Whether a fused computation gives a slice of a sum, as TPUs write a reduce-scatter."""
+        body = self._computations[name]
+        lines = {line.name: line for line in body}
+        one = _root(body)
+        for opcode in ("dynamic-slice", "all-reduce"):
+            while one.opcode == "bitcast":
+                one = lines[one.operands[0]]
+            if one.opcode != opcode:
+                return False
+            one = lines[one.operands[0]]
+        return True
 
     def _group(self, one: Instruction, kind: str) -> tuple[int, bool]:
         """How many chips take part, and whether they are of different slices."""
@@ -283,54 +298,97 @@ class _Reader:
         if one.opcode.endswith("-done"):
             return 0.0
         if one.opcode == "fusion":
-            (body,) = one.called("calls")
-            return self._moved_by_fusion(self._computations[body], given, taken)
+            return self._moved_by_fusion(self._body(one), one.arrays, taken)
         if one.opcode.removesuffix("-start") in COLLECTIVES and one.opcode.endswith("-start"):
             return float(given)
         return given + sum(taken)
 
-    def _moved_by_fusion(self, body: Computation, given: float, taken: Sequence[float]) -> float:
+    def _read(self, body: Computation, name: str, whole: float) -> float:
+        """Bytes that a fused computation reads of a value of `whole` bytes.
+
+        Of what is sliced the slices count, and of what is updated in place nothing; fusions may be
+        in fusions.
+        """
         total = 0.0
-        users: dict[str, list[Instruction]] = {}
-        for line in body:
-            for operand in line.operands:
-                users.setdefault(operand, []).append(line)
-        updates = {line.name: line for line in body if line.opcode == "dynamic-update-slice"}
-        sizes = {line.name: sum(array.size for array in line.arrays) for line in body}
-        for line in body:
-            if line.opcode != "parameter":
-                continue
-            place = re.match(r"\((\d+)\)", line.attributes)
-            whole = taken[int(place[1])] if place and int(place[1]) < len(taken) else 0.0
-            uses = _through_bitcasts(line.name, users)
-            if whole and uses and all(use.opcode in _SLICES for use, _ in uses):
-                total += min(whole, sum(sizes[use.name] for use, _ in uses))
-            elif (
-                whole
-                and uses
-                and all(use.name in updates and position == 0 for use, position in uses)
-            ):
-                pass  # updated in place
-            else:
-                total += whole
-        if updates and given:
-            # Of what is updated in place, only the update is written.
-            replaced = sum(sizes[name] for name in updates)
-            written = sum(sizes[line.operands[1]] for line in updates.values())
-            return total + max(given - replaced, 0.0) + written
-        return total + given
+        for use, position in _uses(body, name):
+            if use.opcode in _SLICES and not position:
+                total += sum(array.size for array in use.arrays)
+            elif use.opcode == "fusion":
+                inner = self._body(use)
+                total += self._read(inner, _parameters(inner)[position].name, whole)
+            elif use.opcode != "dynamic-update-slice" or position:
+                return whole
+        return min(total, whole)
+
+    def _written(self, body: Computation, one: Instruction, whole: float) -> float:
+        """Bytes that a fused computation writes of a value of `whole` bytes that it gives."""
+        lines = {line.name: line for line in body}
+        while one.opcode == "bitcast":
+            one = lines[one.operands[0]]
+        if one.opcode == "dynamic-update-slice":
+            return sum(array.size for array in lines[one.operands[1]].arrays)
+        if one.opcode == "fusion" and len(one.arrays) == 1:
+            inner = self._body(one)
+            return self._written(inner, _root(inner), whole)
+        return whole
+
+    def _moved_by_fusion(
+        self, body: Computation, given: Sequence[Array], taken: Sequence[float]
+    ) -> float:
+        read = sum(
+            self._read(body, parameter.name, taken[place])
+            for place, parameter in _parameters(body).items()
+            if place < len(taken) and taken[place]
+        )
+        root, lines = _root(body), {line.name: line for line in body}
+        results = [lines[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        if len(results) != len(given):  # several that an inner fusion gives at once
+            return read + sum(array.size for array in given if not array.fast)
+        pairs = zip(results, given, strict=True)
+        return read + sum(
+            self._written(body, result, array.size) for result, array in pairs if not array.fast
+        )
+
+    def _body(self, fusion: Instruction) -> Computation:
+        (name,) = fusion.called("calls")
+        return self._computations[name]
 
 
-def _through_bitcasts(
-    name: str, users: Mapping[str, Sequence[Instruction]]
-) -> list[tuple[Instruction, int]]:
-    """What uses a value in the end, and as which operand."""
+def _scattered(cost: Cost) -> Cost:
+    """A cost whose sums go to each chip in part, and not whole to all."""
+    found = Cost(cost.flops, cost.moved, {}, cost.kernels, cost.unknown)
+    for what, traffic in cost.collectives.items():
+        if what.kind == "all-reduce":
+            what, traffic = (
+                what._replace(kind="reduce-scatter"),
+                dataclasses.replace(traffic, wire=traffic.wire / 2),
+            )
+        found.collectives[what] = traffic
+    return found
+
+
+def _root(body: Computation) -> Instruction:
+    return next(line for line in body if line.root)
+
+
+def _parameters(body: Computation) -> Mapping[int, Instruction]:
+    """A computation's parameters by their numbers."""
+    found = {}
+    for line in body:
+        number = re.match(r"\((\d+)\)", line.attributes) if line.opcode == "parameter" else None
+        if number is not None:
+            found[int(number[1])] = line
+    return found
+
+
+def _uses(body: Computation, name: str) -> list[tuple[Instruction, int]]:
+    """What uses a value in the end, behind bitcasts, and as which operand."""
     found: list[tuple[Instruction, int]] = []
-    for use in users.get(name, ()):
-        if use.opcode == "bitcast":
-            found += _through_bitcasts(use.name, users)
-        else:
-            found.append((use, use.operands.index(name)))
+    for line in body:
+        for position, operand in enumerate(line.operands):
+            if operand == name:
+                inside = line.opcode == "bitcast"
+                found += _uses(body, line.name) if inside else [(line, position)]
     return found
 
 

@@ -69,21 +69,26 @@ def count_on_paper(
       beside: Bytes that the run holds besides.
       needs: What a compiler says that it takes, if one was asked.
     """
-    shape = _shape(stage)
+    shape = _shape(stage, program)
+    given = sum(map(shard_bytes, jax.tree.leaves(program.gives)))
     cost = Cost(
         flops=flops(stage.config, program.work, topology.chip.kind) / topology.chips,
-        moved=_moved(shape, program),
+        moved=_moved(shape, program) + given,
     )
     for what, traffic in _collectives(shape, program, topology).items():
         if what.chips > 1:
             cost.collectives[what] = traffic
+    if given and topology.chips > 1:
+        # What is to lie elsewhere may come from any chip.
+        what = Collective("all-to-all", topology.chips, topology.chips > topology.reach)
+        cost.collectives[what] = Traffic(1, given, given, given)
     # A step gives a state in the place of the one that it takes.
     learns = any(one.learns for one in program.work.passes)
-    outputs = arguments.held if learns else 0
+    replaced = arguments.held if learns else 0
     memory = Memory(
         arguments=arguments.used,
-        outputs=outputs,
-        aliased=outputs,
+        outputs=replaced + given,
+        aliased=replaced,
         temporaries=int(_temporaries(shape, program)),
         code=0,
         beside=beside,
@@ -95,8 +100,8 @@ def count_on_paper(
     )
 
 
-def _shape(stage: Stage) -> _Shape:
-    sizes = stage.mesh.shape
+def _shape(stage: Stage, program: Program) -> _Shape:
+    sizes = program.mesh.shape
     whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((stage.params, stage.frozen)))
     return _Shape(
         config=stage.config,

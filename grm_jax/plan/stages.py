@@ -12,11 +12,11 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from grm_jax.data.packing import PackedRows
-from grm_jax.distributed import batch_parts, logical_to_sharding
+from grm_jax.distributed import batch_parts, logical_to_sharding, rows_sharding
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, DtypeName, Params, dtype_name
 from grm_jax.plan.architectures import decoder_of
@@ -49,22 +49,26 @@ class Program:
     Attributes:
       name: What the report calls it.
       function: The function, jitted.
+      mesh: Where it runs.
       arguments: Trees of `jax.ShapeDtypeStruct`s with shardings.
       held: Which of the arguments are in memory throughout the run.
       turns: How often a loop runs whose end depends on data, at most.
       tokens: That one call learns from, or writes.
       work: What is to be computed, for an analytic count.
       times: Calls in a step.
+      gives: Shapes and shardings of large arrays that it leaves, beside what it took.
     """
 
     name: str
     function: Any
+    mesh: Mesh
     arguments: tuple[Any, ...]
     held: tuple[int, ...]
     turns: int
     tokens: int
     work: Work
     times: int = 1
+    gives: Any = ()
 
 
 Outputs = Mapping[str, Any]
@@ -79,7 +83,7 @@ class Stage:
     Attributes:
       name: In the configuration; that of the stage itself where there is only one.
       kind: What it does.
-      mesh: Where it runs.
+      mesh: Where it learns.
       config: The decoder's.
       params: Shapes and shardings of what learns.
       frozen: Those of what does not.
@@ -87,7 +91,6 @@ class Stage:
       chunk: Entries of the vocabulary whose logits are in memory at a time.
       held: Trees that are in memory throughout the run.
       steps: Makes each program from the outputs of those before it.
-      here: The context to trace programs in.
     """
 
     name: str
@@ -100,7 +103,6 @@ class Stage:
     chunk: int
     held: tuple[Any, ...]
     steps: tuple[Callable[[Outputs], Program], ...]
-    here: Callable[[], Any]
 
 
 def stage_configs(config: ConfigDict) -> Mapping[str, ConfigDict]:
@@ -272,6 +274,7 @@ def _updates(
     update = Program(
         name="update",
         function=learner.step,
+        mesh=mesh,
         arguments=(learner.target, batch),
         held=(0,),
         turns=1,
@@ -289,7 +292,6 @@ def _updates(
         chunk=chunk,
         held=(learner.target,),
         steps=(lambda _: update,),
-        here=learner.here,
     )
 
 
@@ -305,9 +307,10 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
     prompts, size = rows // each, settings.at_least("data.max_prompt", 2)
     new, length = rollout.max_new_tokens, size + rollout.max_new_tokens
 
+    sampling = programs.sampling
+
     def put(*shape: int) -> Any:
-        axes = ("batch", *(None for _ in shape))
-        sharding = logical_to_sharding(axes, mesh, shape=(prompts, *shape))
+        sharding = rows_sharding(sampling, (prompts, *shape))
         return jax.ShapeDtypeStruct((prompts, *shape), jnp.int32, sharding=sharding)
 
     tasks = Tasks(
@@ -320,12 +323,27 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
     reference = _reference(settings, model)
     scored = (programs.updates > 1) + (reference is not None)
 
+    def lend(_: Outputs) -> Program:
+        return Program(
+            name="reshard",
+            function=programs.lend,
+            mesh=sampling,
+            arguments=(target,),
+            held=(0,),
+            turns=1,
+            tokens=rows * new,
+            work=Work(()),
+            gives=programs.lent,
+        )
+
     def roll(_: Outputs) -> Program:
         return Program(
             name="rollout",
             function=programs.roll,
-            arguments=(target, tasks, np.int32(0)),
-            held=(0,),
+            mesh=sampling,
+            arguments=(programs.lent, tasks, np.int32(0)),
+            # What is lent to the same mesh is the state itself.
+            held=(0,) if sampling is mesh else (),
             turns=new,
             tokens=rows * new,
             work=Work(
@@ -338,7 +356,8 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
         return Program(
             name="experience",
             function=programs.learn_from,
-            arguments=(target, outputs["rollout"], reference),
+            mesh=mesh,
+            arguments=(target, rows_on(outputs["rollout"], mesh), reference),
             held=(0, 2),
             turns=1,
             tokens=rows * length,
@@ -349,6 +368,7 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
         return Program(
             name="update",
             function=programs.learner.step,
+            mesh=mesh,
             arguments=(target, outputs["experience"][0]),
             held=(0,),
             turns=1,
@@ -367,8 +387,7 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
         accumulate=programs.learner.accumulate,
         chunk=settings.at_least("vocab_chunk", 1),
         held=(target, reference),
-        steps=(roll, learn, update),
-        here=programs.learner.here,
+        steps=(roll, learn, update) if sampling is mesh else (lend, roll, learn, update),
     )
 
 
@@ -388,12 +407,12 @@ def _reference(settings: Settings, model: Model) -> Params | None:
     return jax.tree.map(kept, model.params)
 
 
-def assumed_outputs(shapes: Any, mesh: Mesh) -> Any:
-    """Where outputs would be if a compiler had not given up: their rows on `data` and `fsdp`."""
+def rows_on(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes of arrays whose rows are shared out over a mesh, as `rows_sharding` does it."""
 
     def put(leaf: Any) -> jax.ShapeDtypeStruct:
-        axes = ("batch", *(None for _ in leaf.shape[1:]))[: len(leaf.shape)]
-        sharding = logical_to_sharding(axes, mesh, shape=leaf.shape)
+        empty = NamedSharding(mesh, PartitionSpec())
+        sharding = rows_sharding(mesh, leaf.shape) if leaf.shape else empty
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(put, shapes)

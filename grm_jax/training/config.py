@@ -208,7 +208,8 @@ def changed_key(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
     Returns:
       The key, or None if the run may go on.
     """
-    free = ["mesh.", "checkpoint.", "log.", "batch.accumulate", "model.remat", "data.threads"]
+    free = ["mesh.", "rollout.mesh.", "checkpoint.", "log.", "batch.accumulate", "model.remat"]
+    free.append("data.threads")
     if now.get("optimizer.schedule") == "constant":
         free.append("steps")
     for key in sorted({*before, *now}):

@@ -11,15 +11,17 @@ tokens of a row.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from grm_jax.models import DecoderConfig, Params, join_lora
+from grm_jax.distributed import arranged, on_mesh, rows_sharding, with_shardings
+from grm_jax.models import DecoderConfig, Params, abstract_params, join_lora
 from grm_jax.rewards import group_advantages
 from grm_jax.training.config import Settings
 from grm_jax.training.groups import informative
@@ -33,10 +35,10 @@ from grm_jax.training.losses import (
     loss_denominator,
     truncated_importance,
 )
-from grm_jax.training.model import Model, next_token_logprobs
+from grm_jax.training.model import Model, next_token_logprobs, placed
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.rollouts import Rolled, RolloutSettings, Task, Tasks, make_sampler
-from grm_jax.training.state import TrainState
+from grm_jax.training.state import TrainState, shardings_of
 
 
 @final
@@ -126,15 +128,32 @@ def make_loss(config: DecoderConfig, mesh: Mesh, settings: LossSettings, *, chun
     return loss
 
 
+class Lent(NamedTuple):
+    """What rollouts need of a state, where they are sampled.
+
+    Attributes:
+      params: The whole model.
+      key: `u32[...]`, as in the state.
+      step: `i32[]`, likewise.
+    """
+
+    params: Params
+    key: jax.Array
+    step: jax.Array
+
+
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """What a step runs on the devices; all are jitted.
+    """What a step runs on the devices; all but `lend` of one mesh are jitted.
 
     Attributes:
       learner: Takes the state and an `Experience`.
       updates: How often it does, of each batch of rollouts.
-      roll: From the state, tasks and the number of the round to rollouts.
+      sampling: The mesh of rollouts: the learner's, or another of the same devices.
+      lent: Shapes and shardings of what is lent to that mesh.
+      lend: From the state to what is lent; another mesh gets a copy.
+      roll: From what was lent, tasks and the number of the round to rollouts, on that mesh.
       learn_from: From the state, rollouts and the reference to what the learner takes, and metrics.
         The reference is what learns as it was when the run began; empty for the base model without
         adapters; None without a reference.
@@ -143,7 +162,10 @@ class Programs:
 
     learner: Learner
     updates: int
-    roll: Callable[[TrainState, Tasks, ArrayLike], Rolled]
+    sampling: Mesh
+    lent: Lent
+    lend: Callable[[TrainState], Lent]
+    roll: Callable[[Lent, Tasks, ArrayLike], Rolled]
     learn_from: Callable[[TrainState, Rolled, Params | None], tuple[Experience, Metrics]]
     choose: Callable[[Rolled, Rolled | None], tuple[Rolled, jax.Array]]
 
@@ -159,7 +181,7 @@ def make_programs(
 
     Args:
       settings: The run's.
-      mesh: Where everything lives.
+      mesh: Where everything lives but rollouts.
       model: The policy, on that mesh.
       rollout: How rollouts are sampled and rewarded.
       losses: What is made of them.
@@ -176,12 +198,14 @@ def make_programs(
         mesh=mesh,
         accumulate=accumulate,
     )
-    sampler = make_sampler(config, model.tokenizer, mesh, rollout)
+    sampling = arranged(mesh, settings.group("rollout.mesh"))
+    lent, lend = _lending(learner, sampling, config)
+    sampler = make_sampler(config, model.tokenizer, sampling, rollout)
     plain = dataclasses.replace(config, lora=None)
 
-    def roll(state: TrainState, tasks: Tasks, part: jax.Array) -> Rolled:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        return sampler(state.model, tasks, jax.random.fold_in(key, part))
+    def roll(lent: Lent, tasks: Tasks, part: jax.Array) -> Rolled:
+        key = jax.random.fold_in(jax.random.wrap_key_data(lent.key), lent.step)
+        return sampler(lent.params, tasks, jax.random.fold_in(key, part))
 
     def score(params: Params, base: bool, batch: Experience) -> jax.Array:
         def of_part(part: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -212,10 +236,66 @@ def make_programs(
     return Programs(
         learner=learner,
         updates=updates,
+        sampling=sampling,
+        lent=lent,
+        lend=lend,
         roll=jax.jit(roll),
         learn_from=jax.jit(learn_from),
         choose=jax.jit(choose),
     )
+
+
+def _lend(state: TrainState) -> Lent:
+    return Lent(state.model, state.key, state.step)
+
+
+def _lending(
+    learner: Learner, mesh: Mesh, config: DecoderConfig
+) -> tuple[Lent, Callable[[TrainState], Lent]]:
+    """The shapes and shardings of what is lent to a mesh of the same devices, and `lend`.
+
+    To another mesh than the learner's, parameters are lent in the type that is computed with.
+    """
+    if mesh is learner.mesh:
+        return _lend(learner.target), _lend
+    own, shapes = learner.mesh, abstract_params(config, config.dtype)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    _, *numbers = _lend(learner.target)
+    key, step = with_shardings(numbers, [everywhere] * 2)
+    to = Lent(placed(config, shapes, mesh), key, step)
+    path = [to.params]
+    split, tensor = own.shape["fsdp"], mesh.shape["tensor"]
+    if own.shape["tensor"] == 1 and split % tensor == 0:
+        # First heads are dealt out among neighbours, then parts are joined. The compiler does not
+        # find this way by itself where it is far shorter than that over whole arrays.
+        sizes = {**own.shape, "fsdp": split // tensor, "tensor": tensor}
+        path.insert(0, placed(config, shapes, arranged(own, sizes)))
+
+    def lend(state: TrainState) -> Lent:
+        lent = _lend(state)
+        params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), lent.params, to.params)
+        for stop in path:
+            params = lax.with_sharding_constraint(params, shardings_of(stop))
+        return lent._replace(params=params)
+
+    return to, jax.jit(lend, out_shardings=shardings_of(to))
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Puts arrays `[B, ...]` on a mesh, by `rows_sharding`.
+
+    Args:
+      tree: Of arrays on the same devices, or on the host and the same on every process.
+      mesh: Where they are to be.
+    """
+
+    def place(array: jax.Array | np.ndarray) -> jax.Array:
+        sharding = rows_sharding(mesh, array.shape)
+        if isinstance(array, jax.Array):
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
 
 
 def make_advance(
@@ -242,15 +322,21 @@ def make_advance(
     def advance(state: TrainState, tasks: Sequence[Task]) -> Advanced:
         kept: Rolled | None = None
         parts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
-        with learner.here():
+        with on_mesh(programs.sampling):
+            lent = programs.lend(state)
             for tried, part in enumerate(parts, 1):
-                rolled = programs.roll(state, learner.put(pad(part, size)), tried - 1)
+                tasks_of_part = place_rows(pad(part, size), programs.sampling)
+                rolled = programs.roll(lent, tasks_of_part, tried - 1)
                 if rounds == 1:
                     break
                 kept, useful = programs.choose(rolled, kept)
                 rolled = kept
                 if int(useful) == size:
                     break
+            # A copy makes room for what is learnt.
+            del lent
+        with learner.here():
+            rolled = place_rows(rolled, learner.mesh)
             batch, measured = programs.learn_from(state, rolled, reference)
             for _ in range(programs.updates):
                 state, metrics = learner.step(state, batch)

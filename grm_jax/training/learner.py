@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grm_jax.distributed import RULES, batch_parts, logical_to_sharding
+from grm_jax.distributed import batch_parts, logical_to_sharding, on_mesh
 from grm_jax.errors import UsageError
 from grm_jax.models import Params, join_lora
 from grm_jax.training.losses import Metrics
@@ -80,19 +79,6 @@ class Learner:
 
         return jax.tree.map(put, batch)
 
-    def put(self, tree: Any) -> Any:
-        """Puts host arrays `[B, ...]`, the same on every process, split over `data` and `fsdp`.
-
-        Where the rows cannot be shared out evenly, every device gets all of them.
-        """
-
-        def put(array: np.ndarray) -> jax.Array:
-            axes = ("batch", *(None for _ in array.shape[1:]))
-            sharding = logical_to_sharding(axes, self.mesh, shape=array.shape)
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-        return jax.tree.map(put, tree)
-
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Learns from a batch of host arrays; see `place`. The state that is given is gone."""
         placed = self.place(batch)
@@ -103,7 +89,7 @@ class Learner:
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
         """Where programs on the learner's arrays are called."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        with on_mesh(self.mesh):
             yield
 
 

@@ -159,13 +159,13 @@ def place_model(
     remat, lora = bool(settings["model.remat"]), _lora(settings)
     plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
     if lora is None:
-        return Placed(plain, _placed(plain, abstract_params(plain), mesh), {})
+        return Placed(plain, placed(plain, abstract_params(plain), mesh), {})
     key = jax.eval_shape(lambda: jax.random.key(0))
     # Only to have what does not fit said in one place.
     jax.eval_shape(lambda key: add_lora(plain, abstract_params(plain), lora, key)[1], key)
     adapted = dataclasses.replace(plain, lora=lora)
-    params, _ = split_lora(_placed(adapted, abstract_params(adapted), mesh))
-    frozen = dict(_placed(plain, abstract_params(plain, dtype), mesh))
+    params, _ = split_lora(placed(adapted, abstract_params(adapted), mesh))
+    frozen = dict(placed(plain, abstract_params(plain, dtype), mesh))
     if num_labels:
         head = frozen.pop(HEAD)
         learnt = jax.ShapeDtypeStruct(head.shape, jnp.float32, sharding=head.sharding)
@@ -208,7 +208,7 @@ class _Base:
         if not self.needs_head:
             return self.opened.load(dtype, shardings)
         stored = self.opened.config
-        body = _placed(stored, abstract_params(stored), self.mesh)
+        body = placed(stored, abstract_params(stored), self.mesh)
         params = dict(self.opened.load(dtype, shardings_of(body)))
         # A classifier has no matrix to make logits with.
         params.pop("head", None)
@@ -416,5 +416,6 @@ def _lora(settings: Settings) -> Lora | None:
     return Lora(rank=rank, alpha=alpha, targets=targets) if rank else None
 
 
-def _placed(config: DecoderConfig, shapes: Params, mesh: Mesh) -> Params:
+def placed(config: DecoderConfig, shapes: Params, mesh: Mesh) -> Params:
+    """Shapes of a decoder's parameters together with where they live on a mesh."""
     return dict(with_shardings(shapes, tree_shardings(param_axes(config), mesh, shapes)))

@@ -53,6 +53,10 @@ def default_config() -> ConfigDict:
             "group": 4,
             "temperature": 1.0,
             "max_new_tokens": 512,
+            # How the same devices are arranged for them; 0 is as in `mesh`. Every token needs all
+            # parameters, so that parts of them (`fsdp`) are gathered as often: split heads and
+            # hidden units (`tensor`) until the model fits.
+            "mesh": {"data": 0, "fsdp": 0, "tensor": 0, "expert": 0},
             # Groups that are all right or all wrong are replaced by those of other prompts, for
             # which up to this many more rounds are rolled out.
             "refills": 0,

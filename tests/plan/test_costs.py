@@ -78,6 +78,71 @@ def test_bytes_are_those_of_what_is_not_fused() -> None:
     assert program_cost(TEXT).moved == 5 * turn + 2 * x
 
 
+def test_what_a_fusion_in_a_fusion_slices_or_updates() -> None:
+    text = """
+%inner (w: f32[5,16,4], i: s32[]) -> f32[16,4] {
+  %w = f32[5,16,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,16,4]{2,1,0} dynamic-slice(%w, %i, %zero, %zero), dynamic_slice_sizes={1,16,4}
+  ROOT %flat = f32[16,4]{1,0} bitcast(%slice)
+}
+
+%write (r: f32[9,4], u: f32[1,4], j: s32[]) -> f32[9,4] {
+  %r = f32[9,4]{1,0} parameter(0)
+  %u = f32[1,4]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %new = f32[9,4]{1,0} dynamic-update-slice(%r, %u, %j, %j)
+}
+
+%outer (x: f32[1,16], w1: f32[5,16,4], i1: s32[], room: f32[9,4]) -> (f32[9,4], f32[1,4]) {
+  %w1 = f32[5,16,4]{2,1,0} parameter(1)
+  %x = f32[1,16]{1,0} parameter(0)
+  %i1 = s32[] parameter(2)
+  %room = f32[9,4]{1,0} parameter(3)
+  %layer = f32[16,4]{1,0} fusion(%w1, %i1), kind=kLoop, calls=%inner
+  %dot = f32[1,4]{1,0} dot(%x, %layer), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %kept = f32[9,4]{1,0} fusion(%room, %dot, %i1), kind=kLoop, calls=%write
+  ROOT %both = (f32[9,4]{1,0}, f32[1,4]{1,0}) tuple(%kept, %dot)
+}
+
+ENTRY %main (x2: f32[1,16], w2: f32[5,16,4], i2: s32[], r2: f32[9,4]) -> (f32[9,4], f32[1,4]) {
+  %x2 = f32[1,16]{1,0} parameter(0)
+  %w2 = f32[5,16,4]{2,1,0} parameter(1)
+  %i2 = s32[] parameter(2)
+  %r2 = f32[9,4]{1,0} parameter(3)
+  ROOT %done = (f32[9,4]{1,0}, f32[1,4]{1,0}) fusion(%x2, %w2, %i2, %r2), kind=kOutput, calls=%outer
+}
+"""
+    # The row, a layer's weights and the index are read; the product is written twice, once in the
+    # place of a row of what is kept.
+    assert program_cost(text).moved == 4 * (16 + 16 * 4 + 1) + 4 * (4 + 4)
+
+
+def test_a_slice_of_a_sum_is_a_reduce_scatter() -> None:
+    text = """
+%scatter (p: f32[8,64], i: s32[]) -> f32[8,16] {
+  %p = f32[8,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %sum = f32[8,64]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = f32[8,16]{1,0} dynamic-slice(%sum, %i, %i), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (x: f32[8,64], i1: s32[]) -> f32[8,16] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %i1 = s32[] parameter(1)
+  ROOT %done = f32[8,16]{1,0} fusion(%x, %i1), kind=kCustom, calls=%scatter
+}
+"""
+    (found,) = program_cost(text).collectives.items()
+    assert found[0] == Collective("reduce-scatter", 4, False)
+    whole = 4 * 8 * 64
+    assert (found[1].count, found[1].payload, found[1].wire) == (1, whole, 3 / 4 * whole)
+    summed = text.replace("ROOT %part", "%part").replace("%sum = ", "ROOT %sum = ")
+    (found,) = program_cost(summed).collectives.items()
+    assert (found[0].kind, found[1].wire) == ("all-reduce", 2 * 3 / 4 * whole)
+
+
 def test_collectives_by_kind_and_size() -> None:
     found = program_cost(TEXT, slice_of=lambda chip: chip // 4).collectives
     assert set(found) == {Collective("all-gather", 4, False), Collective("all-reduce", 2, True)}

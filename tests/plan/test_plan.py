@@ -208,6 +208,34 @@ def test_decoding_gathers_neither_parameters_nor_logits(tmp_path: Path) -> None:
     assert sums >= tokens * layers * 2
 
 
+def test_rollouts_on_another_mesh() -> None:
+    """Parameters in parts while it learns; heads and hidden units in parts to sample."""
+    mesh = {"data": 2, "fsdp": 1, "tensor": 4, "expert": 1}
+    changes = {f"rollout__mesh__{axis}": size for axis, size in mesh.items()}
+    config = small("rl", mesh__fsdp=8, mesh__tensor=1, batch__rows=32, **changes)
+    stage = planned(config)
+    reshard, rollout, experience, _ = stage.programs
+    assert [program.name for program in stage.programs[:2]] == ["reshard", "rollout"]
+    lent = 4 * parameters(vocabulary(), 1, 4)
+    assert reshard.memory.arguments == 4 * parameters(vocabulary(), 8, 1) + 8 + 4
+    # With the addresses of its eleven arrays.
+    assert reshard.memory.outputs == lent + 8 + 4 + 11 * 8
+    # Dealt out among four, then joined by twos: no array is gathered whole but one of a vocabulary
+    # that four do not divide.
+    assert {(one.kind, one.chips) for one in reshard.traffic} == {
+        ("all-to-all", 4), ("all-gather", 4), ("all-gather", 2),
+    }  # fmt: skip
+    assert sum(one.wire for one in reshard.traffic) < lent
+    # Four of the eight prompts are on each device, and so is the number of the round.
+    assert rollout.memory.arguments == lent + 8 + 4 + 4 * 4 * (32 + 1 + 4 + 1 + 1) + 4
+    # The state lies beside; what is lent is gone when it is learnt from.
+    assert rollout.memory.beside == stage.state
+    assert experience.memory.beside < stage.state
+    on_paper = plan(config, parse_topology("h100:8"), search=False).stages[0].programs[0]
+    assert on_paper.name == "reshard"
+    assert on_paper.memory.outputs == lent // 2 + 8 + 4
+
+
 def test_a_plan_of_stages_that_build_on_each_other() -> None:
     stages = {name: small(name) for name in ("rft", "rl")}
     stages["rl"].model.name = "{workdir}/rft/model"

@@ -158,15 +158,25 @@ def test_a_short_batch_is_filled_up(rounds: int, tasks: int, answers: list[list[
     ) -> tuple[Experience, dict[str, jax.Array]]:
         return to_experience(found, LOSS, accumulate=1)
 
+    mesh = make_mesh({}, jax.devices()[:1])
     learner = Learner(
-        mesh=make_mesh({}, jax.devices()[:1]),
+        mesh=mesh,
         target=None,  # type: ignore[arg-type]
         accumulate=1,
         init=lambda *_: None,  # type: ignore[arg-type, return-value]
         step=lambda state, batch: (state, {}),
     )
     advance = make_advance(
-        Programs(learner=learner, updates=1, roll=roll, learn_from=learn_from, choose=choose),
+        Programs(
+            learner=learner,
+            updates=1,
+            sampling=mesh,
+            lent=None,  # type: ignore[arg-type]
+            lend=lambda state: None,  # type: ignore[arg-type, return-value]
+            roll=roll,
+            learn_from=learn_from,
+            choose=choose,
+        ),
         MAKER.pad,
         size=2,
         rounds=rounds,

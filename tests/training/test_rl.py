@@ -108,6 +108,28 @@ def test_another_mesh_learns_the_same(folder: Path, whole: Path, tmp_path: Path)
             assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-6), name
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_rollouts_on_another_mesh_are_the_same(
+    folder: Path, whole: Path, tmp_path: Path, lora_rank: int
+) -> None:
+    """Rollouts with heads split and learning with parameters in parts, and back after a stop."""
+    changes: dict[str, Any] = {"model__lora_rank": lora_rank, "optimizer__schedule": "constant"}
+    split = {"rollout__mesh__data": 2, "rollout__mesh__fsdp": 1, "rollout__mesh__tensor": 4}
+    wanted = run(folder, tmp_path / "one", steps=3, **changes)
+    run(folder, tmp_path / "other", steps=2, **changes, **split)
+    found = run(folder, tmp_path / "other", steps=3, **changes)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for name in ("reward", "response_length", "loss", "grad_norm", "entropy", "kl"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-6), name
+
+
+def test_a_mesh_for_rollouts_that_the_devices_do_not_fill_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="tensor=3 needs 24 devices, but there are 8"):
+        run(folder, tmp_path, rollout__mesh__tensor=3)
+
+
 @pytest.mark.slow
 def test_every_setting_changes_what_is_learnt(folder: Path, whole: Path, tmp_path: Path) -> None:
     before = lines(whole)[1]
