@@ -4,11 +4,13 @@
 
 Plans one stage of a configuration for slices of 16 to 1,024 chips, with a batch that grows with
 them, and prints a table; with `--plot FILE.png` a figure as well. It needs libtpu and no TPU. What
-should be flat is: with parameters in parts on all chips, each chip gathers all of them whatever
-their number, and what it computes does not change.
+should be flat is: each chip gathers all parameters whatever the number of chips, and what it
+computes does not change. Parameters are in as many parts as the configuration says, or as there are
+chips if these are fewer; beyond that, `data` grows.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +38,8 @@ def planned(args: argparse.Namespace, chips: int) -> StageReport:
     config = load_config(args.config, args.override)
     stage = config if config.get("stage") != "spct" else config[args.stage]
     stage.batch.rows = args.rows * chips
+    if stage.mesh.fsdp > 0:
+        stage.mesh.fsdp = math.gcd(stage.mesh.fsdp, chips)
     topology = parse_topology(f"{args.chip}:{SHAPES[chips]}")
     (report,) = plan(config, topology, stages=[args.stage], search=False).stages
     return report

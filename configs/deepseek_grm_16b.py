@@ -22,5 +22,5 @@ def get_config(folder: str = "data") -> ConfigDict:
     config.rl.loss.beta = 0.002
     # The meta reward model of the paper is of 27B for either judge.
     for stage in ("rft", "rl"):
-        config[stage].mesh.expert = 8
+        config[stage].mesh.fsdp, config[stage].mesh.expert = 16, 8
     return config

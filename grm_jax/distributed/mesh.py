@@ -7,7 +7,7 @@ needs no change in it.
 - `data`: copies of the parameters, each with its own part of the batch;
 - `fsdp`: the batch is split here as well, and parameters are kept in parts;
 - `tensor`: heads, hidden units and vocabulary are split;
-- `expert`: the experts of a mixture are split.
+- `expert`: the batch is split here too, and the experts of a mixture.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from grm_jax.errors import UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """Those over which a batch is split."""
 
 Axes = tuple[str | None, ...]
@@ -150,7 +150,7 @@ def arranged(mesh: Mesh, shape: Mapping[str, int]) -> Mesh:
 def rows_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array of this shape whose leading axis is the batch.
 
-    Where its rows cannot be shared out evenly over `data` and `fsdp`, every device has all of them.
+    Where its rows cannot be shared out evenly, every device has all of them.
     """
     return logical_to_sharding(("batch", *(None for _ in shape[1:])), mesh, shape=shape)
 

@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from grm_jax.distributed import BATCH_AXES
 from grm_jax.errors import UsageError
 
 Implementation = Literal["xla", "splash", "cudnn"]
@@ -42,9 +43,6 @@ LANES = 128
 
 AMPERE = 8.0
 """Compute capability of the first GPUs on which cuDNN's fused attention runs."""
-
-BATCH_AXES = ("data", "fsdp")
-"""Mesh axes over which a kernel's batch is split."""
 
 HEAD_AXIS = "tensor"
 """Mesh axis over which a kernel's heads are split."""
@@ -69,8 +67,8 @@ def causal_attention(
     """Attends causally within each row of left-aligned sequences.
 
     On a mesh (`jax.set_mesh`) the kernels run on each device's own rows and heads: rows are split
-    over `data` and `fsdp`, heads over `tensor`, each where it divides evenly. The partitioner
-    cannot look into the kernels, so a program for several TPUs needs its mesh to be set.
+    over the batch axes, heads over `tensor`, each where it divides evenly. The partitioner cannot
+    look into the kernels, so a program for several TPUs needs its mesh to be set.
 
     Args:
       query: `[B, T, heads, head_dim]`, already scaled and rotated.

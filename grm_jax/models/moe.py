@@ -2,21 +2,25 @@
 
 No token is dropped: tokens are sorted by the expert they are sent to, and one grouped product
 serves all experts (`jax.lax.ragged_dot`). On a mesh, each device keeps its part of the experts (and
-of each expert's hidden units), works on its own part of the batch, and the parts are summed.
+of each expert's hidden units), sees the tokens of all devices that keep other experts, and the sums
+go back to whoever has the token.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import PartitionSpec
 
+from grm_jax.distributed import BATCH_AXES
 from grm_jax.models.config import DecoderConfig, Experts
 from grm_jax.models.layers import MLP, gated, kernel_init, param, stored_kernel
 
-_BATCH_AXES, _TENSOR, _EXPERT = ("data", "fsdp"), "tensor", "expert"
+_TENSOR, _EXPERT = "tensor", "expert"
+# Of the TPU kernel: rows that it works on at once, which are a multiple of the first, and columns.
+_LANES, _TILE, _TILE_WIDTH = 128, 512, 1024
 
 
 class MixtureOfExperts(nn.Module):
@@ -123,16 +127,26 @@ def _over_mesh(
     if mesh.empty or mesh.size == 1:
         return run_experts(config, x, weights, chosen, gate_up, down)
     sizes = mesh.shape
-    rows = math.prod(sizes[axis] for axis in _BATCH_AXES)
-    batch = PartitionSpec(_BATCH_AXES if x.shape[0] % rows == 0 else None)
+    split = x.shape[0] % math.prod(sizes[axis] for axis in BATCH_AXES) == 0
+    batch = PartitionSpec(BATCH_AXES if split else None)
     expert = _EXPERT if gate_up.shape[0] % sizes[_EXPERT] == 0 else None
     tensor = _TENSOR if gate_up.shape[-1] % sizes[_TENSOR] == 0 else None
-    summed = tuple(axis for axis in (expert, tensor) if axis is not None)
 
-    def local(*args: jax.Array) -> jax.Array:
-        first = jax.lax.axis_index(expert) * args[3].shape[0] if expert is not None else 0
-        out = run_experts(config, *args, first=first)
-        return jax.lax.psum(out, summed) if summed else out
+    def local(
+        x: jax.Array, weights: jax.Array, chosen: jax.Array, gate_up: jax.Array, down: jax.Array
+    ) -> jax.Array:
+        tokens, first = (x, weights, chosen), jnp.int32(0)
+        if expert is not None:
+            first = jax.lax.axis_index(expert) * gate_up.shape[0]
+            if split:
+                # Of all devices whose experts are others.
+                tokens = jax.lax.all_gather(tokens, expert, tiled=True)
+        out = run_experts(config, *tokens, gate_up, down, first=first)
+        if expert is not None and split:
+            out = jax.lax.psum_scatter(out, expert, tiled=True)
+        elif expert is not None:
+            out = jax.lax.psum(out, expert)
+        return out if tensor is None else jax.lax.psum(out, tensor)
 
     return jax.shard_map(
         local,
@@ -178,12 +192,77 @@ def run_experts(
     order = jnp.argsort(local)
     sizes = jnp.bincount(local, length=count + 1)[:count].astype(jnp.int32)
     rows = x[order // per_token]
-    grouped = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-    both = grouped(rows, gate_up.reshape(count, width, 2 * hidden))
-    out = grouped(gated(config, both[:, :hidden], both[:, hidden:]), down)
+    both = grouped_product(rows, gate_up.reshape(count, width, 2 * hidden), sizes)
+    out = grouped_product(gated(config, both[:, :hidden], both[:, hidden:]), down, sizes)
     # Rows beyond the last group may hold anything.
     ours = jnp.arange(len(order)) < sizes.sum()
     share = weights.reshape(-1)[order].astype(jnp.float32)
     out = jnp.where(ours[:, None], out.astype(jnp.float32) * share[:, None], 0.0)
     total = jnp.zeros((x.shape[0], out.shape[-1]), jnp.float32).at[order // per_token].add(out)
     return total.astype(x.dtype)
+
+
+@jax.custom_vjp
+def grouped_product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Each row times the kernel of its group: `jax.lax.ragged_dot`, by groups both ways.
+
+    Args:
+      rows: `[M, D]`, those of a group together and groups in order.
+      kernels: `[G, D, F]`.
+      sizes: `i32[G]`, rows of each group; what is behind the last one belongs to none.
+
+    Returns:
+      `[M, F]`; rows of no group may hold anything.
+    """
+    return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+def _grouped_forward(
+    rows: jax.Array, kernels: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return grouped_product(rows, kernels, sizes), (rows, kernels, sizes)
+
+
+def _grouped_backward(
+    kept: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    rows, kernels, sizes = kept
+    of_rows = jax.lax.ragged_dot(gradient, kernels.swapaxes(1, 2), sizes)
+    ours = jnp.arange(len(rows)) < sizes.sum()
+    of_kernels = jax.lax.platform_dependent(
+        rows, gradient, sizes, tpu=kernel_gradient, default=_plain_kernel_gradient
+    )
+    return jnp.where(ours[:, None], of_rows, 0), of_kernels.astype(kernels.dtype), None
+
+
+grouped_product.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _plain_kernel_gradient(rows: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
+    zeros = jnp.zeros((len(sizes), rows.shape[1], gradient.shape[1]), gradient.dtype)
+    _, backwards = jax.vjp(lambda kernels: jax.lax.ragged_dot(rows, kernels, sizes), zeros)
+    of_kernels: jax.Array = backwards(gradient)[0]
+    return of_kernels
+
+
+def kernel_gradient(
+    rows: jax.Array, gradient: jax.Array, sizes: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """The gradient `[G, D, F]` of `grouped_product` to the kernels, by Megablox's TPU kernel.
+
+    XLA would have TPUs multiply every row with the zeros of all groups that are not its own.
+
+    Args:
+      rows: `[M, D]`.
+      gradient: `[M, F]`, of the product.
+      sizes: `i32[G]`.
+      interpret: Whether the kernel is run step by step, on any platform.
+    """
+    short = -len(rows) % _LANES
+    rows, gradient = (jnp.pad(x, ((0, short), (0, 0))) for x in (rows, gradient))
+    tile = math.gcd(len(rows), _TILE)
+    widths = (min(_TILE_WIDTH, x.shape[1]) for x in (rows, gradient))
+    of_kernels: jax.Array = tgmm(
+        rows.T, gradient, sizes, gradient.dtype, (tile, *widths), interpret=interpret
+    )
+    return of_kernels

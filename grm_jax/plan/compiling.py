@@ -21,7 +21,10 @@ from grm_jax.plan.sizes import argument_bytes, held_bytes, report_of
 from grm_jax.plan.stages import Program, Stage, rows_on
 from grm_jax.plan.work import kernel_flops
 
-_NEEDS = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_NEEDS = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
+)
 # Of a program for CPUs that will not run, only what comes before machine code is of interest.
 _NO_CODE: Mapping[str, Any] = MappingProxyType(
     {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -131,6 +134,9 @@ def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> 
         wide = [array.shape for array in operands if array.dtype in ("bf16", "f32")]
         if not wide:
             return 0.0
+        if call.name.startswith(("ragged-dot", "tgmm")):
+            # Rows of experts that other chips have are skipped; each is taken to have as many.
+            return 2.0 * math.prod(wide[0]) * wide[1][-1] / program.mesh.shape["expert"]
         # Queries come first; behind them keys and values.
         values = wide[2] if len(wide) > 2 else wide[-1]
         return kernel_flops(stage.config, call.name, call.attributes, wide[0], values)
@@ -145,5 +151,7 @@ def read_cost(text: str, program: Program, stage: Stage, topology: Topology) -> 
 
 def needed_bytes(message: str) -> int | None:
     """What a chip would have to hold, from the compiler's complaint; None if it is another one."""
-    found = _NEEDS.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    for form in _NEEDS:
+        if (found := form.search(message)) is not None:
+            return int(float(found[1]) * _UNITS[found[2]])
+    return None

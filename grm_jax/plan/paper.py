@@ -25,7 +25,7 @@ class _Shape(NamedTuple):
 
     Attributes:
       config: The decoder's.
-      rows: Over how many chips rows are shared out: `data` and `fsdp`.
+      rows: Over how many chips rows are shared out: `data`, `fsdp` and `expert`.
       copies: `data`.
       parts: `fsdp`.
       tensor: `tensor`.
@@ -105,7 +105,7 @@ def _shape(stage: Stage, program: Program) -> _Shape:
     whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((stage.params, stage.frozen)))
     return _Shape(
         config=stage.config,
-        rows=sizes["data"] * sizes["fsdp"],
+        rows=sizes["data"] * sizes["fsdp"] * sizes["expert"],
         copies=sizes["data"],
         parts=sizes["fsdp"],
         tensor=sizes["tensor"],
@@ -137,11 +137,14 @@ def _pass_rows(shape: _Shape, one: Pass) -> float:
 def _token_bytes(shape: _Shape) -> float:
     """Bytes of a token's activations in one layer on a chip, none of which are thrown away."""
     c = shape.config
-    hidden = c.mlp_dim
+    wide, hidden = 6, c.mlp_dim
     if c.experts is not None:
-        hidden = c.experts.per_token * c.experts.mlp_dim + c.experts.shared_dim
+        # A chip has room for all that its experts may be sent, by all chips that keep others: rows
+        # in the type that is computed with, and products in float32.
+        places = c.experts.per_token * shape.experts
+        wide, hidden = wide + 3 * places, places * c.experts.mlp_dim + c.experts.shared_dim
     split = 2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim + 3 * hidden
-    return _width(c) * (6 * c.width + split / shape.tensor)
+    return _width(c) * (wide * c.width + split / shape.tensor)
 
 
 def _temporaries(shape: _Shape, program: Program) -> float:
@@ -210,6 +213,14 @@ def _collectives(shape: _Shape, program: Program, topology: Topology) -> dict[Co
         wire = payload * (chips - 1) / chips * (2 if kind == "all-reduce" else 1)
         found[what] = found.get(what, Traffic()).plus(Traffic(1, payload, wire, payload), count)
 
+    def met(tokens: float, times: float) -> None:
+        """Sums behind attention and the MLP; tokens to experts that are elsewhere, and back."""
+        payload = tokens * c.width * _width(c)
+        add("all-reduce", shape.tensor, shape.experts, 2 * times, payload)
+        if c.experts is not None:
+            for kind in ("all-gather", "reduce-scatter"):
+                add(kind, shape.experts, 1, times, payload * shape.experts)
+
     inner = shape.tensor * shape.experts
     layer = _layer_weights(shape)
     for one in work.passes:
@@ -217,9 +228,8 @@ def _collectives(shape: _Shape, program: Program, topology: Topology) -> dict[Co
         turns = parts * (2 if one.learns else 1)
         add("all-gather", shape.parts, inner, turns * c.num_layers, layer)
         tokens = max(one.rows / parts / shape.rows, 1.0) * one.length
-        sums = 2 * (2 + c.remat if one.learns else 1)
-        joined = shape.tensor * shape.experts
-        add("all-reduce", joined, 1, parts * sums * c.num_layers, tokens * c.width * _width(c))
+        times = parts * (2 + c.remat if one.learns else 1) * c.num_layers
+        met(tokens, times)
         if one.learns:
             whole = shape.params * shape.parts
             add("reduce-scatter", shape.parts, inner, parts, whole)
@@ -228,6 +238,5 @@ def _collectives(shape: _Shape, program: Program, topology: Topology) -> dict[Co
         turns, samples = work.decoded.tokens, work.decoded.prompts * work.decoded.samples
         add("all-gather", shape.parts, inner, turns * c.num_layers, layer)
         rows = max(samples / shape.rows, 1.0)
-        joined = shape.tensor * shape.experts
-        add("all-reduce", joined, 1, 2 * turns * c.num_layers, rows * c.width * _width(c))
+        met(rows, turns * c.num_layers)
     return found

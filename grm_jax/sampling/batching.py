@@ -169,7 +169,7 @@ class JobShape(NamedTuple):
 class JudgeSampler:
     """A model, its tokenizer and sampling settings: what a batch of `PromptJob`s is run with.
 
-    Over a mesh, the jobs of a batch are dealt out to its `data` and `fsdp` axes.
+    Over a mesh, the jobs of a batch are dealt out to its batch axes.
 
     Attributes:
       params: The decoder's parameters, for reading prompts.

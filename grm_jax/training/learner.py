@@ -63,7 +63,8 @@ class Learner:
           batch: Tree of host arrays `[B, ...]`, the same on every process: the rows of all of them.
 
         Returns:
-          Tree of arrays `[A, B / A, ...]` for A micro-batches, each split over `data` and `fsdp`.
+          Tree of arrays `[A, B / A, ...]` for A micro-batches, each split over the
+          mesh's batch axes.
 
         Raises:
           UsageError: The rows cannot be shared out.
@@ -230,7 +231,7 @@ def check_rows(rows: int, accumulate: int, parts: int) -> None:
     Args:
       rows: B.
       accumulate: Micro-batches.
-      parts: Devices along `data` and `fsdp` together.
+      parts: Devices along the mesh's batch axes together.
 
     Raises:
       UsageError: It cannot.
@@ -238,5 +239,5 @@ def check_rows(rows: int, accumulate: int, parts: int) -> None:
     if rows < 1 or accumulate < 1 or rows % (accumulate * parts):
         raise UsageError(
             f"batch.rows is {rows}, but {accumulate} micro-batches over {parts} devices "
-            f"(data x fsdp) need a multiple of {max(accumulate, 1) * parts}"
+            f"(data x fsdp x expert) need a multiple of {max(accumulate, 1) * parts}"
         )

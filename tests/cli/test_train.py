@@ -247,8 +247,10 @@ def wait_for_line(workdir: Path, process: "subprocess.Popen[str]", count: int = 
         time.sleep(0.01)
 
 
-def in_two_processes(workdir: Path, config: Path, *changes: str) -> list[Outcome]:
-    """As SLURM would start them, with four devices each, in one mesh."""
+def in_processes(
+    workdir: Path, config: Path, *changes: str, count: int = 2, devices: int = 8
+) -> list[Outcome]:
+    """As SLURM would start them, with as many devices each, in one mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -258,15 +260,15 @@ def in_two_processes(workdir: Path, config: Path, *changes: str) -> list[Outcome
             config,
             *changes,
             "--distributed",
-            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices // count}",
             JAX_COORDINATOR_ADDRESS=address,
             SLURM_JOB_ID="1",
             SLURM_STEP_NODELIST="localhost",
-            SLURM_NTASKS="2",
+            SLURM_NTASKS=str(count),
             SLURM_PROCID=str(number),
             SLURM_LOCALID=str(number),
         )
-        for number in range(2)
+        for number in range(count)
     ]
     return [finish(process) for process in processes]
 
@@ -278,7 +280,7 @@ def test_two_processes_learn_what_one_does(call: Call, config: Path, tmp_path: P
     outcome = call("train", "--config", config, "--workdir", one, *changes)
     assert outcome.status == 0, outcome.err
     for _ in range(2):  # The second time, they resume.
-        outcomes = in_two_processes(two, config, *changes)
+        outcomes = in_processes(two, config, *changes)
         assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
     assert "resumed after step 6 of 6" in outcomes[0].err
     assert "resumed" not in outcomes[1].err
@@ -393,7 +395,7 @@ def test_stages_learn_the_same_on_any_devices(stage: str, tmp_path: Path) -> Non
     outcomes = [
         finish(start(one, config, XLA_FLAGS=flag + "1")),
         finish(start(eight, config, *mesh, XLA_FLAGS=flag + "8")),
-        *in_two_processes(two, config, *mesh),
+        *in_processes(two, config, *mesh),
     ]
     assert [outcome.status for outcome in outcomes] == [0, 0, 0, 0], outcomes
     wanted = lines(one)
@@ -402,3 +404,42 @@ def test_stages_learn_the_same_on_any_devices(stage: str, tmp_path: Path) -> Non
         for mine, theirs in zip(wanted, lines(workdir), strict=True):
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=5e-3, abs=1e-5)
             assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=2e-2, abs=1e-5)
+
+
+NANO = """
+import runpy
+
+get_nano = runpy.run_path({nano!r})["get_config"]
+
+
+def get_config():
+    config = get_nano()[{stage!r}]
+    config.model.name = {model!r}
+    config.steps = {steps}
+    config.log.every = 1
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_nano_learns_the_same_in_several_processes(tmp_path: Path) -> None:
+    """Reinforcement learning at its full size, from a model that has learnt to write judgements."""
+    nano, trained = str(ROOT / "configs" / "nano.py"), str(tmp_path / "rft" / "model")
+    for stage, model, steps in (("rft", "nano", 300), ("rl", trained, 20)):
+        text = NANO.format(nano=nano, stage=stage, model=model, steps=steps)
+        (tmp_path / f"{stage}.py").write_text(text)
+    first = finish(start(tmp_path / "rft", tmp_path / "rft.py", XLA_FLAGS=""))
+    assert first.status == 0, first.err
+    config = tmp_path / "rl.py"
+    flag = "--xla_force_host_platform_device_count=4"
+    outcome = finish(start(tmp_path / "1", config, XLA_FLAGS=flag))
+    assert outcome.status == 0, outcome.err
+    wanted = lines(tmp_path / "1")
+    assert len(wanted) == 20
+    assert all(line["loss"] or line["grad_norm"] for line in wanted)
+    for count in (2, 4):
+        outcomes = in_processes(tmp_path / str(count), config, count=count, devices=4)
+        assert [outcome.status for outcome in outcomes] == [0] * count, outcomes
+        for mine, theirs in zip(wanted, lines(tmp_path / str(count)), strict=True):
+            for name in ("loss", "grad_norm", "reward"):
+                assert theirs[name] == pytest.approx(mine[name], rel=5e-3, abs=1e-5), name

@@ -291,6 +291,11 @@ def test_topologies() -> None:
 def test_what_compilers_complain_of() -> None:
     said = "Ran out of memory in memory space hbm. Used 105.52G of 95.74G hbm. Exceeded by 9.78G."
     assert needed_bytes(said) == int(105.52 * 2**30)
+    said = (
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (102.51G) exceeds "
+        "available HBM (95.74G)."
+    )
+    assert needed_bytes(said) == int(102.51 * 2**30)
     assert needed_bytes("INTERNAL: something else") is None
 
 
