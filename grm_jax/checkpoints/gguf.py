@@ -1,7 +1,6 @@
 """GGUF files in: metadata, and weights dequantised into the decoder's layout.
 
-The container and the quantised blocks are the `gguf` package's business. A new family is one
-`_Family` entry.
+The quantised blocks are the `gguf` package's business. A new family is one `_Family` entry.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from grm_jax.checkpoints.gguf_header import Tensor, read_header
 from grm_jax.checkpoints.weights import Checkpoint, Names, check_pieces, pieces, read_params
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Rope, family_config, sliding_windows
@@ -26,7 +26,7 @@ class GGUFFile:
 
     path: Path
     metadata: Metadata
-    tensors: Mapping[str, gguf.ReaderTensor]
+    tensors: Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +43,17 @@ def open_gguf(path: Path) -> GGUFFile:
     """
     size = path.stat().st_size
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if not name.startswith("GGUF.")
-        }
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        metadata, tensors = read_header(path)
+    except ValueError as error:
         raise UsageError(
             f"{path} is not a readable GGUF file ({size} bytes; {_one_line(error)}): it is "
             "corrupt or truncated, fetch it again"
         ) from error
-    for tensor in tensors.values():
-        if tensor.data_offset + tensor.n_bytes > size:
+    for name, tensor in tensors.items():
+        if tensor.offset + tensor.size > size:
             raise UsageError(
-                f"{path} is truncated: tensor {tensor.name} ends at byte "
-                f"{tensor.data_offset + tensor.n_bytes} of {size}; fetch the file again"
+                f"{path} is truncated: tensor {name} ends at byte {tensor.offset + tensor.size} of "
+                f"{size}; fetch the file again"
             )
     return GGUFFile(path=path, metadata=metadata, tensors=tensors)
 
@@ -88,11 +82,7 @@ def gguf_checkpoint(file: GGUFFile) -> Checkpoint:
     """
     config = gguf_config(file)
     wanted = tuple(pieces(config, _family(file).names))
-    # GGUF lists the fastest axis first.
-    shapes = {
-        name: tuple(int(size) for size in reversed(tensor.shape))
-        for name, tensor in file.tensors.items()
-    }
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     check_pieces(
         wanted,
         shapes,
@@ -103,9 +93,7 @@ def gguf_checkpoint(file: GGUFFile) -> Checkpoint:
     return Checkpoint(
         path=file.path,
         config=config,
-        load=functools.partial(
-            read_params, config, wanted, lambda name: _dequantise(file, name).reshape(shapes[name])
-        ),
+        load=functools.partial(read_params, config, wanted, functools.partial(_dequantise, file)),
         dtype="float32",
         metadata=file.metadata,
     )
@@ -113,14 +101,16 @@ def gguf_checkpoint(file: GGUFFile) -> Checkpoint:
 
 def _dequantise(file: GGUFFile, name: str) -> np.ndarray:
     tensor = file.tensors[name]
+    rows = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
+    data = np.memmap(file.path, mode="r", offset=tensor.offset, shape=rows)
     try:
-        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        array = gguf.dequantize(data, tensor.kind)
     except NotImplementedError as error:
         raise UsageError(
-            f"{file.path}: tensor {name} has quantisation {tensor.tensor_type.name}, which "
-            "cannot be read; convert the file to Q8_0 or F16"
+            f"{file.path}: tensor {name} has quantisation {tensor.kind.name}, which cannot be "
+            "read; convert the file to Q8_0 or F16"
         ) from error
-    return np.asarray(array, np.float32)
+    return np.asarray(array, np.float32).reshape(tensor.shape)
 
 
 def _sizes(arch: str, metadata: Metadata) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from grm_jax import checkpoints
 from grm_jax.checkpoints.gguf import open_gguf
+from grm_jax.checkpoints.gguf_header import read_header
 from grm_jax.distributed import make_mesh, tree_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import (
@@ -415,6 +416,21 @@ def test_a_truncated_real_file_is_refused(smollm2_gguf: Path, cut: int, tmp_path
     message = refusal(path)
     assert "truncated" in message
     assert "fetch" in message
+
+
+def test_a_real_header_is_read_as_by_its_makers(smollm2_gguf: Path) -> None:
+    metadata, tensors = read_header(smollm2_gguf)
+    reader = gguf.GGUFReader(smollm2_gguf)
+    assert metadata == {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    assert len(tensors) == len(reader.tensors) > 200
+    for tensor in reader.tensors:
+        shape, kind, offset, size = tensors[tensor.name]
+        assert shape == tuple(reversed(tensor.shape.tolist()))
+        assert (kind, offset, size) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
 
 
 def test_every_cut_of_a_small_file_is_refused(models: dict[str, Written], tmp_path: Path) -> None:
