@@ -26,6 +26,7 @@ Record = TypeVar("Record")
 Record_co = TypeVar("Record_co", covariant=True)
 Result = TypeVar("Result")
 Batch = TypeVar("Batch")
+Batch_co = TypeVar("Batch_co", covariant=True)
 
 # Records in an order without end; grain's own endless length overflows where it is rounded up.
 _ENDLESS = 1 << 48
@@ -232,6 +233,60 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the reading ahead; the iterator is of no more use."""
         self._iterator.close()
+
+
+class Resumable(Protocol[Batch_co]):
+    """What a run reads its batches from; see `Batches` for each."""
+
+    def __next__(self) -> Batch_co: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@final
+class Ahead(Generic[Batch]):
+    """Batches, each with the one behind it, which is None for the last.
+
+    Positions are those behind the first of the two: a run that goes on there sees the second again.
+    """
+
+    def __init__(self, batches: Batches[Batch]) -> None:
+        self._batches = batches
+        self._position = batches.get_state()
+        # What comes next, and the position behind it.
+        self._next: tuple[Batch, dict[str, Any]] | None = None
+        self._began = False
+
+    def __next__(self) -> tuple[Batch, Batch | None]:
+        if not self._began:
+            self._began = True
+            self._next = self._read()
+        if self._next is None:
+            raise StopIteration
+        batch, self._position = self._next
+        self._next = self._read()
+        return batch, None if self._next is None else self._next[0]
+
+    def get_state(self) -> dict[str, Any]:
+        return copy.deepcopy(self._position)
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._batches.set_state(state)
+        self._position, self._began = self._batches.get_state(), False
+
+    def close(self) -> None:
+        self._batches.close()
+
+    def _read(self) -> tuple[Batch, dict[str, Any]] | None:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            return None
+        return batch, self._batches.get_state()
 
 
 def batches(

@@ -297,6 +297,10 @@ def _updates(
 
 def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> Stage:
     """Rollouts, what is to be learnt from them, and the update."""
+    if settings["rollout.devices"]:
+        raise UsageError(
+            "a plan has sampling and learning in turn on all chips; leave rollout.devices at 0"
+        )
     rollout = rl.rollout_settings(settings, load_template(str(settings["prompt.template"])))
     losses = rl.loss_settings(settings, rollout)
     programs = make_programs(settings, mesh, model, rollout, losses)

@@ -10,6 +10,7 @@ tokens of a row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
@@ -20,7 +21,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from grm_jax.distributed import arranged, on_mesh, rows_sharding, with_shardings
+from grm_jax.distributed import arranged, make_mesh, on_mesh, rows_sharding, with_shardings
+from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, abstract_params, join_lora
 from grm_jax.rewards import group_advantages
 from grm_jax.training.config import Settings
@@ -150,7 +152,7 @@ class Programs:
     Attributes:
       learner: Takes the state and an `Experience`.
       updates: How often it does, of each batch of rollouts.
-      sampling: The mesh of rollouts: the learner's, or another of the same devices.
+      sampling: The mesh of rollouts: the learner's, another of the same devices, or one of others.
       lent: Shapes and shardings of what is lent to that mesh.
       lend: From the state to what is lent; another mesh gets a copy.
       roll: From what was lent, tasks and the number of the round to rollouts, on that mesh.
@@ -189,6 +191,16 @@ def make_programs(
     config, accumulate = model.config, settings.at_least("batch.accumulate", 1)
     updates = settings.at_least("rollout.updates", 1)
     chunk = settings.at_least("vocab_chunk", 1)
+    apart = settings.at_least("rollout.devices", 0)
+    sampling = _sampling_mesh(settings, mesh, apart)
+    sampler = make_sampler(config, model.tokenizer, sampling, rollout)
+    pending: Any = ()
+    if apart:
+        tasks = _widest_tasks(settings, rollout)
+        params = join_lora(model.params, model.frozen)
+        rolled = jax.eval_shape(sampler, params, tasks, jax.random.key(0))
+        shardings = jax.tree.map(lambda leaf: rows_sharding(mesh, leaf.shape), rolled)
+        pending = with_shardings(rolled, shardings)
     learner = make_learner(
         make_loss(config, mesh, losses, chunk=chunk),
         lambda batch: loss_denominator(_rows(batch.mask), aggregate=losses.aggregate),
@@ -197,10 +209,9 @@ def make_programs(
         frozen=model.frozen,
         mesh=mesh,
         accumulate=accumulate,
+        pending=pending,
     )
-    sampling = arranged(mesh, settings.group("rollout.mesh"))
     lent, lend = _lending(learner, sampling, config)
-    sampler = make_sampler(config, model.tokenizer, sampling, rollout)
     plain = dataclasses.replace(config, lora=None)
 
     def roll(lent: Lent, tasks: Tasks, part: jax.Array) -> Rolled:
@@ -245,6 +256,46 @@ def make_programs(
     )
 
 
+def learners(devices: Sequence[jax.Device], apart: int) -> Sequence[jax.Device]:
+    """The devices that learn, where so many others only sample.
+
+    Raises:
+      UsageError: None would be left, or there are several processes.
+    """
+    if not apart:
+        return devices
+    if jax.process_count() > 1:
+        raise UsageError("rollout.devices works within one process; leave it at 0 on many hosts")
+    if apart >= len(devices):
+        raise UsageError(
+            f"rollout.devices is {apart}, but there are {len(devices)} devices; leave one to learn"
+        )
+    return devices[: len(devices) - apart]
+
+
+def _sampling_mesh(settings: Settings, mesh: Mesh, apart: int) -> Mesh:
+    """Where rollouts are sampled; the others are `learners`."""
+    shape = settings.group("rollout.mesh")
+    if not apart:
+        return arranged(mesh, shape)
+    others = [device for device in jax.devices() if device not in set(mesh.devices.flat)]
+    if not any(shape.values()):
+        shape = {"data": -1}
+    return make_mesh({axis: size or 1 for axis, size in shape.items()}, others)
+
+
+def _widest_tasks(settings: Settings, rollout: RolloutSettings) -> Tasks:
+    """The shapes of the largest batch."""
+    rows = settings.at_least("batch.rows", 1) // rollout.group
+    each = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def of(size: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, size), jnp.int32)
+
+    widest, most = (settings.at_least(f"data.max_{name}", 1) for name in ("prompt", "responses"))
+    return Tasks(tokens=of(widest), lengths=each, order=of(most), counts=each, answers=each)  # type: ignore[arg-type]
+
+
 def _lend(state: TrainState) -> Lent:
     return Lent(state.model, state.key, state.step)
 
@@ -252,12 +303,13 @@ def _lend(state: TrainState) -> Lent:
 def _lending(
     learner: Learner, mesh: Mesh, config: DecoderConfig
 ) -> tuple[Lent, Callable[[TrainState], Lent]]:
-    """The shapes and shardings of what is lent to a mesh of the same devices, and `lend`.
+    """The shapes and shardings of what is lent to a mesh, and `lend`.
 
     To another mesh than the learner's, parameters are lent in the type that is computed with.
     """
     if mesh is learner.mesh:
         return _lend(learner.target), _lend
+    apart = set(mesh.devices.flat).isdisjoint(learner.mesh.devices.flat)
     own, shapes = learner.mesh, abstract_params(config, config.dtype)
     everywhere = NamedSharding(mesh, PartitionSpec())
     _, *numbers = _lend(learner.target)
@@ -265,7 +317,7 @@ def _lending(
     to = Lent(placed(config, shapes, mesh), key, step)
     path = [to.params]
     split, tensor = own.shape["fsdp"], mesh.shape["tensor"]
-    if own.shape["tensor"] == 1 and split % tensor == 0:
+    if not apart and own.shape["tensor"] == 1 and split % tensor == 0:
         # First heads are dealt out among neighbours, then parts are joined. The compiler does not
         # find this way by itself where it is far shorter than that over whole arrays.
         sizes = {**own.shape, "fsdp": split // tensor, "tensor": tensor}
@@ -274,11 +326,14 @@ def _lending(
     def lend(state: TrainState) -> Lent:
         lent = _lend(state)
         params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), lent.params, to.params)
-        for stop in path:
+        for stop in () if apart else path:
             params = lax.with_sharding_constraint(params, shardings_of(stop))
         return lent._replace(params=params)
 
-    return to, jax.jit(lend, out_shardings=shardings_of(to))
+    if not apart:
+        return to, jax.jit(lend, out_shardings=shardings_of(to))
+    cast = jax.jit(lend)
+    return to, lambda state: jax.device_put(cast(state), shardings_of(to))
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
@@ -343,6 +398,61 @@ def make_advance(
         if rounds > 1:
             metrics = metrics | {"rounds": jnp.float32(tried)}
         return Advanced(state=state, metrics=metrics | measured, learnt=batch)
+
+    return advance
+
+
+def make_advance_ahead(
+    programs: Programs,
+    pad: Callable[[Sequence[Task], int], Tasks],
+    *,
+    size: int,
+    new_tokens: int,
+    reference: Params | None,
+) -> Callable[[TrainState, tuple[Sequence[Task], Sequence[Task] | None]], Advanced]:
+    """A step in which other devices sample what the next one learns from.
+
+    Rollouts are of the policy as it was before the step that runs meanwhile. They are part of the
+    state, so that a run that is resumed learns from the same ones.
+
+    Args:
+      programs: What it runs; sampling has devices of its own.
+      pad: As in `make_advance`, like the rest.
+      size: B.
+      new_tokens: T.
+      reference: See `Programs.learn_from`.
+
+    Returns:
+      From the state, and the tasks of this step and of the next (None if there is none), to what
+      becomes of it.
+    """
+    learner = programs.learner
+
+    def sample(lent: Lent, tasks: Sequence[Task], part: int) -> Rolled:
+        with on_mesh(programs.sampling):
+            placed_tasks = place_rows(pad(tasks, size), programs.sampling)
+            rolled = programs.roll(lent, placed_tasks, part)
+        found: Rolled = place_rows(rolled, learner.mesh)
+        return found
+
+    def advance(state: TrainState, tasks: tuple[Sequence[Task], Sequence[Task] | None]) -> Advanced:
+        now, later = tasks
+        lent, pending = programs.lend(state), state.pending
+        rolled = pending if int(state.step) else sample(lent, now, 0)
+        coming = None if later is None else sample(lent, later, 1)
+        del lent
+        with learner.here():
+            # As long as in a run in turn, whatever room there is for longer ones.
+            rolled = _to_width(rolled, pad(now, size).tokens.shape[1] + new_tokens)
+            state = state._replace(pending=())
+            batch, measured = programs.learn_from(state, rolled, reference)
+            for _ in range(programs.updates):
+                state, metrics = learner.step(state, batch)
+            if coming is not None:
+                pending = _to_width(coming, pending.tokens.shape[-1])
+        return Advanced(
+            state=state._replace(pending=pending), metrics=metrics | measured, learnt=batch
+        )
 
     return advance
 
@@ -442,6 +552,15 @@ def to_experience(
 def _rows(mask: jax.Array) -> jax.Array:
     """Micro-batches as one batch."""
     return mask.reshape(-1, mask.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _to_width(rolled: Rolled, size: int) -> Rolled:
+    """Rollouts with arrays of so many tokens; beyond those that were written, nothing counts."""
+    tokens, logprobs = rolled.tokens[..., :size], rolled.sampler_logprobs[..., :size]
+    return rolled._replace(
+        tokens=_to_length(tokens, size), sampler_logprobs=_to_length(logprobs, size)
+    )
 
 
 def _to_length(array: jax.Array, size: int) -> jax.Array:

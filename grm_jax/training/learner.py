@@ -103,6 +103,7 @@ def make_learner(
     frozen: Params,
     mesh: Mesh,
     accumulate: int = 1,
+    pending: Any = (),
 ) -> Learner:
     """Compiles nothing yet: that happens at the first step.
 
@@ -114,11 +115,13 @@ def make_learner(
       frozen: Those of the base model under adapters; empty without.
       mesh: Where all of it lives.
       accumulate: In how many micro-batches a batch is learnt from.
+      pending: Shapes and shardings of what a stage keeps in `TrainState.pending` between steps; the
+        step itself takes and gives states without it.
 
     Returns:
       The learner.
     """
-    target = abstract_state(params, frozen, optimizer.transform, mesh)
+    target = abstract_state(params, frozen, optimizer.transform, mesh, pending)
     shardings = shardings_of(target)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return Learner(
@@ -126,14 +129,14 @@ def make_learner(
         target=target,
         accumulate=accumulate,
         init=jax.jit(
-            functools.partial(init_state, transform=optimizer.transform),
+            functools.partial(init_state, transform=optimizer.transform, pending=pending),
             donate_argnums=(0, 1),
             out_shardings=shardings,
         ),
         step=jax.jit(
             functools.partial(_step, loss, denominator, optimizer, shardings.params),
             donate_argnums=0,
-            out_shardings=(shardings, everywhere),
+            out_shardings=(shardings._replace(pending=()), everywhere),
         ),
     )
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grm_jax.data import provenance
-from grm_jax.data.pipeline import Batches
+from grm_jax.data.pipeline import Resumable
 from grm_jax.errors import UsageError
 from grm_jax.models import Params
 from grm_jax.training import losses
@@ -69,7 +69,7 @@ class Run:
     learner: Learner
     load_params: Callable[[], Params]
     load_frozen: Callable[[], Params]
-    batches: Batches[Any]
+    batches: Resumable[Any]
     advance: Callable[[Any, Any], Advanced]
     updates: int = 1
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from grm_jax import checkpoints
-from grm_jax.data.pipeline import Batches
+from grm_jax.data.pipeline import Resumable
 from grm_jax.distributed import tree_shardings, with_shardings
 from grm_jax.errors import UsageError
 from grm_jax.models import (
@@ -263,7 +263,7 @@ def train_model(
     settings: Settings,
     workdir: Path,
     learner: Learner,
-    batches: Batches[Any],
+    batches: Resumable[Any],
     advance: Callable[[Any, Any], Advanced],
     updates: int = 1,
 ) -> TrainState | None:

@@ -8,25 +8,34 @@ mean over a sequence's tokens and then over sequences, a divergence of 0.08 in t
 a rollout. Prompts, rollouts, rewards and updates stay on the devices; the host logs.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from grm_jax.data.pipeline import Mapped, Source, batches
+from grm_jax.data.pipeline import Ahead, Mapped, Source, batches
 from grm_jax.distributed import batch_parts, make_mesh
 from grm_jax.errors import UsageError
 from grm_jax.models import Params
 from grm_jax.prompts import Template, load_template
 from grm_jax.training.comparisons import comparison_data, comparison_sources
 from grm_jax.training.config import Settings, base_config
-from grm_jax.training.grpo import LossSettings, make_advance, make_programs
+from grm_jax.training.grpo import (
+    LossSettings,
+    learners,
+    make_advance,
+    make_advance_ahead,
+    make_programs,
+)
 from grm_jax.training.learner import check_rows
+from grm_jax.training.loop import Advanced
 from grm_jax.training.losses import Aggregate, Ratio
 from grm_jax.training.model import Model, open_model, train_model
 from grm_jax.training.rollouts import RolloutSettings, TaskMaker
+from grm_jax.training.state import TrainState
 
 
 def default_config() -> ConfigDict:
@@ -57,6 +66,10 @@ def default_config() -> ConfigDict:
             # parameters, so that parts of them (`fsdp`) are gathered as often: split heads and
             # hidden units (`tensor`) until the model fits.
             "mesh": {"data": 0, "fsdp": 0, "tensor": 0, "expert": 0},
+            # So many devices only sample, for the step after, while the others learn: rollouts are
+            # then one step old, which `loss.importance_cap` has to make up for. 0: all devices
+            # sample and learn in turn.
+            "devices": 0,
             # Groups that are all right or all wrong are replaced by those of other prompts, for
             # which up to this many more rounds are rolled out.
             "refills": 0,
@@ -107,7 +120,8 @@ def run(settings: Settings, workdir: Path) -> bool:
     Raises:
       UsageError: A setting or the data is wrong.
     """
-    mesh = make_mesh(settings.group("mesh"))
+    apart = settings.at_least("rollout.devices", 0)
+    mesh = make_mesh(settings.group("mesh"), learners(jax.devices(), apart))
     model = open_model(settings, mesh)
     template = load_template(str(settings["prompt.template"]))
     single = str(settings["prompt.single"])
@@ -148,19 +162,29 @@ def run(settings: Settings, workdir: Path) -> bool:
     )
     losses = loss_settings(settings, rollout)
     programs = make_programs(settings, mesh, model, rollout, losses)
-    advance = make_advance(
-        programs,
-        maker.pad,
-        size=size,
-        rounds=rounds,
-        reference=_reference(settings, model, losses),
-    )
+    reference = _reference(settings, model, losses)
+    advance: Callable[[TrainState, Any], Advanced]
+    if apart:
+        if rounds > 1 or not losses.importance_cap:
+            raise UsageError(
+                "rollout.devices samples for the step after: it needs rollout.refills of 0 and a "
+                "loss.importance_cap, such as 2"
+            )
+        advance = make_advance_ahead(
+            programs,
+            maker.pad,
+            size=size,
+            new_tokens=rollout.max_new_tokens,
+            reference=reference,
+        )
+    else:
+        advance = make_advance(programs, maker.pad, size=size, rounds=rounds, reference=reference)
     state = train_model(
         model,
         settings=settings,
         workdir=workdir,
         learner=programs.learner,
-        batches=records,
+        batches=Ahead(records) if apart else records,
         advance=advance,
         updates=programs.updates,
     )

@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
         from it.
       skipped: `i32[]`, steps whose loss or gradient was not finite and that changed nothing.
       bad_streak: `i32[]`, how many of the latest steps were skipped in a row.
+      pending: What was sampled for the next step, where sampling runs ahead; empty elsewhere.
     """
 
     params: Params
@@ -31,6 +32,7 @@ class TrainState(NamedTuple):
     key: jax.Array
     skipped: jax.Array
     bad_streak: jax.Array
+    pending: Any = ()
 
     @property
     def model(self) -> Params:
@@ -39,9 +41,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    params: Params, frozen: Params, key: jax.Array, transform: optax.GradientTransformation
+    params: Params,
+    frozen: Params,
+    key: jax.Array,
+    transform: optax.GradientTransformation,
+    pending: Any = (),
 ) -> TrainState:
-    """The state before the first step, with the data of a typed key; pure."""
+    """The state before the first step, with the data of a typed key; pure.
+
+    Of what is pending, shapes are given, and zeros are there before the first step.
+    """
     # The key's data, because typed keys come back with a sharding that is written in another way,
     # and another program is compiled for them. A zero for each count, because an array that is
     # donated must not be there twice.
@@ -53,11 +62,16 @@ def init_state(
         key=jax.random.key_data(key),
         skipped=jnp.zeros((), jnp.int32),
         bad_streak=jnp.zeros((), jnp.int32),
+        pending=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), pending),
     )
 
 
 def abstract_state(
-    params: Params, frozen: Params, transform: optax.GradientTransformation, mesh: Mesh
+    params: Params,
+    frozen: Params,
+    transform: optax.GradientTransformation,
+    mesh: Mesh,
+    pending: Any = (),
 ) -> TrainState:
     """The shapes of a state, and where its arrays live.
 
@@ -69,6 +83,7 @@ def abstract_state(
       frozen: and of what does not.
       transform: The optimiser's.
       mesh: The mesh of the shardings.
+      pending: Shapes and shardings of what is pending.
 
     Returns:
       A state of `jax.ShapeDtypeStruct`s with shardings.
@@ -95,6 +110,7 @@ def abstract_state(
         key=place(shapes.key, everywhere),
         skipped=place(shapes.skipped, everywhere),
         bad_streak=place(shapes.bad_streak, everywhere),
+        pending=pending,
     )
 
 

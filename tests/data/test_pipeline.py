@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grm_jax.data.pipeline import Batches, Mapped, RandomAccess, Source, Subset, batches
+from grm_jax.data.pipeline import Ahead, Batches, Mapped, RandomAccess, Source, Subset, batches
 from grm_jax.errors import UsageError
 
 
@@ -348,3 +348,30 @@ def test_wrong_arguments(sources: list[Source[str]], options: dict[str, Any], me
 def test_weights_that_are_equal_to_one_another_are_the_same_mix() -> None:
     tenfold = [replace(item, weight=10 * (item.weight or 0)) for item in WEIGHTED]
     assert flat(start(tenfold), 20) == flat(start(WEIGHTED), 20)
+
+
+def test_batches_with_the_one_behind_them() -> None:
+    def begin() -> Ahead[list[int]]:
+        source = Source(name="a", records=list(range(10)))
+        return Ahead(batches([source], batch_size=4, seed=0, shuffle=False, epochs=1, threads=0))
+
+    ahead = begin()
+    start = ahead.get_state()
+    found = [next(ahead)]
+    position = ahead.get_state()
+    found += [next(ahead), next(ahead)]
+    assert found == [
+        ([0, 1, 2, 3], [4, 5, 6, 7]),
+        ([4, 5, 6, 7], [8, 9]),
+        ([8, 9], None),
+    ]
+    with pytest.raises(StopIteration):
+        next(ahead)
+    # A run that goes on sees again what was behind its last batch.
+    other = begin()
+    assert other.get_state() == start
+    other.set_state(position)
+    assert other.get_state() == position
+    assert next(other) == found[1]
+    ahead.close()
+    other.close()

@@ -123,6 +123,46 @@ def test_rollouts_on_another_mesh_are_the_same(
             assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-6), name
 
 
+AHEAD = {
+    "rollout__devices": 4,
+    "loss__importance_cap": 2.0,
+    "optimizer__schedule": "constant",
+}
+
+
+def test_rollouts_on_other_devices_are_one_step_old(folder: Path, tmp_path: Path) -> None:
+    """Stopped or not, and the first step as in turn."""
+    wanted = run(folder, tmp_path / "one", steps=4, **AHEAD)
+    run(folder, tmp_path / "other", steps=2, **AHEAD)
+    assert run(folder, tmp_path / "other", steps=4, **AHEAD) == wanted
+    ours, theirs = (checkpoints.load(str(tmp_path / one / "model"))[1] for one in ("one", "other"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    turns = run(folder, tmp_path / "turns", steps=2, **(AHEAD | {"rollout__devices": 0}))
+    for name in ("reward", "response_length", "loss", "grad_norm", "entropy"):
+        assert wanted[0][name] == pytest.approx(turns[0][name], rel=1e-3, abs=1e-6), name
+    # What was sampled before the first update is learnt from after it.
+    assert turns[1]["sampler_gap_mean"] < 1e-4
+    assert wanted[1]["sampler_gap_mean"] > 10 * turns[1]["sampler_gap_mean"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout__devices": 8}, "rollout.devices is 8, but there are 8 devices"),
+        (
+            {**AHEAD, "loss__importance_cap": 0.0},
+            "and a loss.importance_cap",
+        ),
+        ({**AHEAD, "rollout__refills": 1}, "needs rollout.refills of 0"),
+    ],
+)
+def test_what_sampling_ahead_needs(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(folder, tmp_path, **changes)
+
+
 def test_a_mesh_for_rollouts_that_the_devices_do_not_fill_is_refused(
     folder: Path, tmp_path: Path
 ) -> None:
