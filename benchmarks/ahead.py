@@ -38,6 +38,7 @@ def seconds(folder: Path, steps: int, apart: int, rows: int) -> list[float]:
     config.rollout.devices = apart
     config.checkpoint.every = config.steps
     settings = Settings(config)
+    settings.choice("stage", ("rl",))
     rl.run(settings, folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["seconds"] for line in lines][WARM:]
