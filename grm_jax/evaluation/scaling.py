@@ -271,11 +271,17 @@ def plot_curve(
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    places: list[float] = []
     for name, points in curves.items():
         at = [point.k for point in points] if costs is None else list(costs[name])
+        places += at
         (line,) = axes.plot(at, [100 * p.accuracy for p in points], marker="o", label=name)
         low, high = [100 * p.low for p in points], [100 * p.high for p in points]
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if places and not any(math.isfinite(p.accuracy) for one in curves.values() for p in one):
+        # Of a few responses that are all right or all wrong there is no AUC, and an axis finds no
+        # limits where nothing is drawn.
+        axes.set_xlim(0.9 * min(places), 1.1 * max(places))
     axes.set_xscale("log", base=2 if costs is None else 10)
     if costs is None:
         ticks = sorted({point.k for points in curves.values() for point in points})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from grm_jax.errors import UsageError
 from grm_jax.evaluation.metrics import bootstrap_mean, correctness
 from grm_jax.evaluation.scaling import (
+    CurvePoint,
     plot_curve,
     resampled_correctness,
     sample_subsets,
@@ -161,3 +162,16 @@ def test_curves_can_be_drawn(tmp_path: Path) -> None:
     plot_curve(curves, tmp_path / "tokens.svg", costs=costs, cost_label="tokens")
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "tokens.svg").read_text()
+
+
+def test_curves_without_a_number_can_be_drawn(tmp_path: Path) -> None:
+    """As of the AUC of responses that are all right."""
+    nothing = float("nan")
+    points = [
+        CurvePoint(k=k, k_meta=None, accuracy=nothing, low=nothing, high=nothing, tie_rate=nothing)
+        for k in (1, 8)
+    ]
+    for costs in (None, {"vote": [2e9, 3e9]}):
+        for kind in ("png", "svg"):
+            plot_curve({"vote": points}, tmp_path / f"curve.{kind}", costs=costs)
+            assert (tmp_path / f"curve.{kind}").stat().st_size > 1000
