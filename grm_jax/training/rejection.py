@@ -9,6 +9,7 @@ from typing import Any
 from grm_jax.data import Comparison, best_index
 from grm_jax.data.comparison import PointwiseLabel
 from grm_jax.data.trajectories import Trajectory
+from grm_jax.training.heldout import evenly
 
 HINTED = ("off", "failed", "all")
 """Of which comparisons hinted trajectories are used: of none, of those that no other trajectory
@@ -29,6 +30,8 @@ class Verdict(StrEnum):
     CUT_OFF = "cut off"
     # Of a kind that is not wanted.
     UNUSED = "unused"
+    # More than its share of those that show the best response at this place.
+    UNBALANCED = "unbalanced"
 
 
 def reject(
@@ -76,6 +79,41 @@ def reject(
         return Verdict.CUT_OFF if trajectory.finish == "length" else Verdict.KEPT
 
     return [verdict(trajectory) for trajectory in trajectories]
+
+
+def balance_places(
+    trajectories: Sequence[Trajectory],
+    verdicts: Sequence[Verdict],
+    comparisons: Mapping[str, Comparison],
+) -> list[Verdict]:
+    """Keeps as many trajectories for each place at which the best response is shown.
+
+    A judge that likes the first response whatever it says is right where the best one comes first,
+    so what is kept of its judgements would teach to like the first response. Those that go are
+    spread over all that were kept; single responses have no place and stay.
+
+    Args:
+      trajectories: As for `reject`.
+      verdicts: Its verdicts.
+      comparisons: What was judged, by id.
+
+    Returns:
+      A verdict for each trajectory.
+    """
+    places: dict[int, dict[int, list[int]]] = {}
+    for index, (trajectory, verdict) in enumerate(zip(trajectories, verdicts, strict=True)):
+        best = best_index(comparisons[trajectory.id])
+        count = len(trajectory.order)
+        if verdict is Verdict.KEPT and count > 1 and best is not None:
+            empty: dict[int, list[int]] = {place: [] for place in range(count)}
+            places.setdefault(count, empty)[trajectory.order.index(best)].append(index)
+    balanced = list(verdicts)
+    for groups in places.values():
+        share = min(map(len, groups.values()))
+        for kept in groups.values():
+            for index in set(kept) - set(evenly(kept, share) if share else []):
+                balanced[index] = Verdict.UNBALANCED
+    return balanced
 
 
 def count_verdicts(

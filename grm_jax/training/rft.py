@@ -46,7 +46,14 @@ from grm_jax.training.comparisons import (
 from grm_jax.training.config import Settings, changed_key
 from grm_jax.training.examples import ExampleFile, example_tokens
 from grm_jax.training.model import open_model
-from grm_jax.training.rejection import HINTED, Verdict, count_verdicts, reject, verdict_table
+from grm_jax.training.rejection import (
+    HINTED,
+    Verdict,
+    balance_places,
+    count_verdicts,
+    reject,
+    verdict_table,
+)
 from grm_jax.training.trajectories import (
     JudgeSettings,
     Templates,
@@ -99,7 +106,9 @@ def default_config() -> ConfigDict:
     # it is right) or all.
     config.sampler.hinted = "failed"
     # Whether comparisons are rejected that all judgements without a hint got right.
-    config.reject = ConfigDict({"too_easy": True})
+    # And whether as many are kept for each place at which the best response is shown: judges that
+    # like one place are right more often where the best response stands there.
+    config.reject = ConfigDict({"too_easy": True, "balance_places": False})
     return config
 
 
@@ -149,7 +158,7 @@ def make_examples(settings: Settings, workdir: Path) -> None:
     """
     sampler = _sampler_settings(settings)
     templates = load_templates(str(settings["prompt.template"]), str(settings["prompt.single"]))
-    too_easy = bool(settings["reject.too_easy"])
+    too_easy, balanced = (bool(settings[f"reject.{key}"]) for key in ("too_easy", "balance_places"))
     if settings["data.weights"]:
         raise UsageError("each comparison is sampled once here; leave data.weights empty")
     names = settings["data.comparisons"]
@@ -171,6 +180,8 @@ def make_examples(settings: Settings, workdir: Path) -> None:
         verdicts = reject(
             trajectories, non_hinted=sampler.non_hinted, hinted=sampler.hinted, too_easy=too_easy
         )
+        if balanced:
+            verdicts = balance_places(trajectories, verdicts, by_id)
         kept = [
             trajectory
             for trajectory, verdict in zip(trajectories, verdicts, strict=True)

@@ -6,7 +6,13 @@ import pytest
 
 from grm_jax.data import Comparison, from_record
 from grm_jax.data.trajectories import Trajectory
-from grm_jax.training.rejection import Verdict, count_verdicts, reject, verdict_table
+from grm_jax.training.rejection import (
+    Verdict,
+    balance_places,
+    count_verdicts,
+    reject,
+    verdict_table,
+)
 
 
 def made(kinds: str, name: str = "c") -> list[Trajectory]:
@@ -34,6 +40,7 @@ def letters(verdicts: list[Verdict]) -> str:
         Verdict.TOO_EASY: "e",
         Verdict.CUT_OFF: "c",
         Verdict.UNUSED: "-",
+        Verdict.UNBALANCED: "b",
     }
     return "".join(names[verdict] for verdict in verdicts)
 
@@ -115,3 +122,17 @@ def test_counts_by_hand() -> None:
         "hinted           1      0           0\n"
         "not hinted       0      2           1"
     )
+
+
+def test_places_are_balanced_by_what_is_kept_alone() -> None:
+    # Hinted ones show the best response second, the others first; the single response has no place.
+    trajectories = [*made("rrwrrrR", "a"), *made("WRr", "a"), *made("r", "b")]
+    verdicts = reject(trajectories, hinted="all")
+    assert letters(verdicts) == "kkwkkkkwkkk"
+    balanced = balance_places(trajectories, verdicts, known())
+    # Of six that show it first, two are left as far apart as can be.
+    assert letters(balanced) == "kbwbkbkwkbk"
+    # Nothing is left where a place has none.
+    alone = made("rr", "a")
+    settings = {"too_easy": False}
+    assert letters(balance_places(alone, reject(alone, **settings), known())) == "bb"
