@@ -1,81 +1,150 @@
-"""SPCT of the embedded default model on real comparisons, as far as a CPU gets in half an hour.
+"""SPCT of the embedded default model on real comparisons: what ships with the package.
 
-    grm-jax train --config configs/smollm2_135m.py:FOLDER --workdir runs/smollm2
+    python -m benchmarks.reference_run prepare --data FOLDER --workdir runs/smollm2
+    grm-jax train --config configs/smollm2_135m.py:runs/smollm2/data --workdir runs/smollm2/main
 
-FOLDER holds a file of comparisons, `hh_harmless.jsonl.gz`: pairs of answers, of which people found
-one less harmful. The untuned model never writes a readable score, so its own judgements are held to
-the layout while it is sampled (the cold start without a teacher), and adapters learn those that
-were right. Reinforcement learning goes on from there, unconstrained, and the last stage judges
-comparisons that neither has seen. The steps are few: they show that the way works, not how far it
-leads.
+The first command picks pairs of at most 512 tokens from a folder of comparisons and splits them.
+The untuned model never writes a readable score, so its own judgements are held to the layout while
+it is sampled (the cold start without a teacher), and adapters learn those that were right.
+Reinforcement learning goes on from there, unconstrained; a meta reward model learns from what
+comes out, on comparisons of its own; and the last stage judges those that none has seen.
+
+For one GPU of 80 GB; times and results are in `benchmarks/reference_run.md`. Written as
+`FOLDER,short` it is a few steps of everything on few comparisons: half an hour on a CPU, which show
+that the way works, not how far it leads.
 """
 
 from ml_collections import ConfigDict
 
 from grm_jax.evaluation import stage as evaluation
-from grm_jax.training import rft, rl, spct
+from grm_jax.training import meta, rft, rl, spct
 
 NAME = "smollm2-135m"
-FILE = "hh_harmless.jsonl.gz"
 # Tokens of the longest prompt and of a judgement.
-PROMPT, JUDGEMENT = 384, 64
+PROMPT, JUDGEMENT = 512, 64
+# Logits of so many entries of the vocabulary at a time, a third of them.
+CHUNK = 16_384
 
 
-def get_config(folder: str = "data") -> ConfigDict:
-    """The stages in their order; the folder holds the comparisons."""
-    path = f"{folder}/{FILE}"
-    return spct.default_config(rft=_rft(path), rl=_rl(path), eval=_eval(path))
+def get_config(argument: str = "data") -> ConfigDict:
+    """The stages in their order.
+
+    Args:
+      argument: The folder with `train.jsonl`, `meta.jsonl` and `heldout.jsonl`; behind it, each
+        after a comma, `short`, and the stages to run if not all.
+    """
+    folder, *options = argument.split(",")
+    stages = {"rft": _rft, "rl": _rl, "meta": _meta, "eval": _eval}
+    wanted = [option for option in options if option != "short"] or list(stages)
+    if not stages.keys() >= set(wanted):
+        raise ValueError(f"{argument!r} names no stage; write FOLDER,short,{','.join(stages)}")
+    config = spct.default_config(**{name: stages[name](folder) for name in wanted})
+    if "short" in options:
+        _shorten(config, folder)
+    return config
 
 
 def _adapters(config: ConfigDict) -> None:
     config.model.name = NAME
     config.model.lora_rank = 16
     config.model.lora_alpha = 32.0
+    config.mesh.data, config.mesh.fsdp = -1, 1
 
 
-def _rft(path: str) -> ConfigDict:
+def _rft(folder: str) -> ConfigDict:
     config = rft.default_config()
     _adapters(config)
-    config.data.comparisons = (f"{path}#0:60",)
-    config.data.length = 512
-    # A few have more; what they lose is the beginning of the instructions.
-    config.data.too_long = "keep_end"
+    config.data.comparisons = (f"{folder}/train.jsonl",)
+    config.data.length = 768
     config.sampler.constrain = True
-    config.sampler.samples = 3
+    config.sampler.samples = 4
     config.sampler.max_new_tokens = JUDGEMENT
-    config.sampler.temperature = 0.7
-    config.batch.rows = 4
-    config.steps = 12
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 3
-    config.checkpoint.every = 4
+    config.sampler.temperature = 1.0
+    config.sampler.batch_rows = 2048
+    # The untuned model likes the first response.
+    config.reject.balance_places = True
+    config.batch.rows, config.batch.accumulate = 64, 2
+    config.vocab_chunk = CHUNK
+    config.steps = 300
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20
+    config.checkpoint.every = 300
+    config.log.every = 10
     return config
 
 
-def _rl(path: str) -> ConfigDict:
+def _rl(folder: str) -> ConfigDict:
     config = rl.default_config()
     _adapters(config)
     config.model.adapter = "{workdir}/rft/model"
-    config.data.comparisons = (f"{path}#60:300",)
+    config.data.comparisons = (f"{folder}/train.jsonl",)
     config.data.max_prompt = PROMPT
+    config.data.max_responses = 2
     config.rollout.max_new_tokens = JUDGEMENT
-    config.batch.rows = 16
-    config.batch.accumulate = 4
-    config.steps = 4
+    config.rollout.group = 8
+    config.batch.rows, config.batch.accumulate = 512, 4
+    config.vocab_chunk = CHUNK
+    config.steps = 150
     config.loss.beta = 0.01
-    config.optimizer.learning_rate = 1e-4
-    config.checkpoint.every = 2
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 10
+    config.checkpoint.every = 50
+    config.log.every = 5
     return config
 
 
-def _eval(path: str) -> ConfigDict:
+def _meta(folder: str) -> ConfigDict:
+    config = meta.default_config()
+    _adapters(config)
+    config.data.comparisons = (f"{folder}/meta.jsonl",)
+    config.data.length = 768
+    config.sampler.model = NAME
+    config.sampler.adapter = "{workdir}/rl/model"
+    config.sampler.samples = 8
+    config.sampler.temperature = 1.0
+    config.sampler.max_new_tokens = JUDGEMENT
+    config.sampler.batch_rows = 2048
+    config.batch.rows, config.batch.accumulate = 128, 4
+    config.steps = 150
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 10
+    config.checkpoint.every = 150
+    config.log.every = 10
+    return config
+
+
+def _eval(folder: str) -> ConfigDict:
     config = evaluation.default_config()
-    config.data.comparisons = (f"{path}#1000:1040",)
+    config.data.comparisons = (f"{folder}/heldout.jsonl",)
     config.models = {"base": NAME, "base_constrained": NAME, "rft": NAME, "rl": NAME}
     config.constrained = ("base_constrained",)
     config.adapters = {"rft": "{workdir}/rft/model", "rl": "{workdir}/rl/model"}
     config.scaled = "rl"
-    config.samples = 8
-    config.ks = (1, 2, 4, 8)
+    config.meta_model = "{workdir}/meta/model"
     config.max_new_tokens = JUDGEMENT
+    config.batch_rows = 2048
     return config
+
+
+def _shorten(config: ConfigDict, folder: str) -> None:
+    """What two cores do in half an hour."""
+    for name, part in ((name, config[name]) for name in config.order if name != "eval"):
+        file, first, end = _PARTS[name]
+        part.data.comparisons = (f"{folder}/{file}.jsonl#{first}:{end}",)
+        part.steps, part.batch.rows, part.checkpoint.every = _STEPS[name]
+        part.batch.accumulate = 1
+        part.optimizer.warmup_steps, part.log.every = 1, 1
+        for key in {"vocab_chunk", "sampler"} & set(part):
+            if key == "sampler":
+                part.sampler.batch_rows, part.sampler.samples = 0, 2
+            else:
+                part.vocab_chunk = 4096
+    if "eval" in config:
+        config.eval.data.comparisons = (f"{folder}/heldout.jsonl#0:40",)
+        config.eval.samples, config.eval.ks = 8, (1, 2, 4, 8)
+        config.eval.batch_rows = 0
+
+
+# Of a short run: which comparisons; and steps, rows of each and steps between checkpoints.
+_PARTS = {"rft": ("train", 0, 60), "rl": ("train", 60, 300), "meta": ("meta", 0, 40)}
+_STEPS = {"rft": (12, 4, 4), "rl": (4, 16, 2), "meta": (6, 4, 3)}
