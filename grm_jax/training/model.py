@@ -93,11 +93,6 @@ def open_model(settings: Settings, mesh: Mesh, *, num_labels: int = 0) -> Model:
     tokenizer = _open_tokenizer(str(settings["model.tokenizer"]), opened)
     dtype = _compute_type(settings)
     stored = decoder_of_shape(shape, tokenizer) if opened is None else opened.config
-    if stored.lora is not None:
-        raise UsageError(
-            f"{name} has adapters; merge them with `grm-jax convert`, or name their base in "
-            "model.name and their folder in model.adapter"
-        )
     if stored.num_labels not in (0, num_labels):
         raise UsageError(
             f"{name} is a classifier of {stored.num_labels} outputs; this stage cannot begin there"
@@ -159,8 +154,13 @@ def place_model(
       num_labels: As in `open_model`.
 
     Raises:
-      UsageError: The adapters do not fit the decoder.
+      UsageError: The adapters do not fit the decoder, or it has some already.
     """
+    if stored.lora is not None:
+        raise UsageError(
+            f"{settings['model.name']} has adapters; merge them with `grm-jax convert`, or name "
+            "their base in model.name and their folder in model.adapter"
+        )
     remat, lora = bool(settings["model.remat"]), _lora(settings)
     plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
     if lora is None:

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict
 from grm_jax import checkpoints
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.models import Params, join_lora
+from grm_jax.models import Params, join_lora, split_lora
 from grm_jax.models.lora import is_adapter
 from grm_jax.training.model import HEAD, Model, open_model
+from tests.checkpoints import shipping
 from tests.training import folder, tiny
 
 
@@ -71,6 +72,20 @@ def test_adapters_are_trained_further(base: Path, tmp_path: Path) -> None:
     found = opened(base, model__lora_rank=2, model__adapter=str(tmp_path))
     assert found.config == fresh.config
     jax.tree.map(np.testing.assert_array_equal, found.load_params(), adapters)
+
+
+def test_adapters_that_come_with_the_package_are_trained_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shipping.ship(tmp_path, monkeypatch)
+    how = {"model__lora_rank": 2, "model__lora_alpha": 4.0, "model__adapter": "tiny-spct"}
+    model = opened(base, model__lora_targets=shipping.LORA.targets, **how)
+    found = model.load_params()
+    check(found, model.params)
+    wanted, _ = split_lora(checkpoints.load("tiny-spct")[1])
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    with pytest.raises(UsageError, match=r"tiny-spct has Lora.* but the configuration asks for"):
+        opened(base, **how).load_params()
 
 
 def test_what_adapters_with_a_head_can_begin(base: Path, tmp_path: Path) -> None:
