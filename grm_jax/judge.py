@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,7 +66,7 @@ def load_model(
     opened: checkpoints.Checkpoint,
     *,
     dtype: DTypeLike,
-    adapter: Path | None = None,
+    adapter: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[DecoderConfig, Params, Tokenizer]:
     """Loads an opened checkpoint and its tokenizer.
@@ -75,7 +74,8 @@ def load_model(
     Args:
       opened: From `checkpoints.open_checkpoint`.
       dtype: Type of parameters and computation.
-      adapter: A PEFT folder whose adapters are merged into the model.
+      adapter: A PEFT folder, or the name of one that comes with the package, whose adapters are
+        merged into the model.
       mesh: Where to place the parameters; the default device if None.
 
     Raises:
@@ -87,6 +87,7 @@ def load_model(
         tokenizer = tokenizer_from_folder(opened.path, vocab_size=opened.config.vocab_size)
     config, params = checkpoints.load(opened, dtype, mesh)
     if adapter is not None:
+        config, params = merge_lora(config, params)
         config, params = merge_lora(*checkpoints.load_adapter(adapter, config, params, mesh))
     return config, params, tokenizer
 
@@ -124,8 +125,11 @@ class GRM:
 
         Args:
           name_or_path: A built-in name (fetched on first use), `hf:owner/name[@revision]`, a folder
-            of safetensors or of an Orbax checkpoint, or a GGUF file.
-          adapter: A PEFT folder with LoRA adapters, which are merged into the model.
+            of safetensors or of an Orbax checkpoint, a GGUF file, or a PEFT folder that names its
+            base model.
+          adapter: A PEFT folder with LoRA adapters, or the name of one that comes with the package
+            (`grm_jax/weights/README.md`), which are merged into the model. None is the bare model,
+            of built-in names too: only the command line has a default.
           mesh: Where to place the parameters; the default device if None.
           dtype: Type of parameters and computation: by default float32 on CPUs, else bfloat16.
 
@@ -133,9 +137,8 @@ class GRM:
           UsageError: If there is no such model, or its files cannot be read.
         """
         opened = checkpoints.open_checkpoint(name_or_path)
-        folder = None if adapter is None else Path(adapter)
         config, params, tokenizer = load_model(
-            opened, adapter=folder, dtype=_dtype(dtype), mesh=mesh
+            opened, adapter=adapter, dtype=_dtype(dtype), mesh=mesh
         )
         if config.lora is not None:
             config, params = merge_lora(config, params)
@@ -163,7 +166,8 @@ class GRM:
         """Loads a meta reward model, for `judge_batch`.
 
         Args:
-          name_or_path: Of a sequence classifier of one output, as in `from_pretrained`.
+          name_or_path: Of a sequence classifier of one output, as in `from_pretrained`: whole, or
+            adapters with a head in a PEFT folder.
           mesh: As in `from_pretrained`.
           dtype: As in `from_pretrained`.
           template: How it is shown what was judged.
@@ -173,6 +177,7 @@ class GRM:
         """
         opened = checkpoints.open_checkpoint(name_or_path)
         config, params, tokenizer = load_model(opened, dtype=_dtype(dtype), mesh=mesh)
+        config, params = merge_lora(config, params)
         if not isinstance(template, Template):
             template = load_template(template)
         return MetaModel(

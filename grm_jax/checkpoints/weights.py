@@ -42,6 +42,8 @@ class Checkpoint:
         default device).
       dtype: Type that loses nothing of what is stored, or as little as makes sense.
       metadata: A GGUF file's; None for a folder, whose tokenizer lies in files of its own.
+      base: For a folder of adapters, what it calls the model they belong to, of which `path`,
+        `dtype` and `metadata` then are; None for others.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Checkpoint:
     load: Callable[[DTypeLike, Params | None], Params]
     dtype: DtypeName
     metadata: Mapping[str, Any] | None
+    base: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="convert a model between formats",
         description="Reads a model (a built-in name, hf:owner/name, a folder, a GGUF file) and "
         "writes it as safetensors that transformers and vLLM load, as an Orbax checkpoint, or "
-        "its adapters alone as a PEFT folder.",
+        "its adapters alone (and a classifier's head) as a PEFT folder.",
     )
     add = parser.add_argument
     add("source", metavar="SRC", help="the model")
     add("target", metavar="DST", type=Path, help="a folder that does not exist yet")
-    add("--adapter", type=Path, metavar="FOLDER", help="a PEFT folder to merge into the model")
+    add("--adapter", metavar="NAME", help="a PEFT folder to merge into the model")
     add("--to", choices=FORMATS, default="safetensors", help="default safetensors")
     add("--dtype", choices=("float32", "bfloat16"), help="default: as the source has it")
     parser.set_defaults(run=run)
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> bool:
         if args.to == "orbax":
             checkpoints.save_orbax(made, config, params)
         elif args.to == "peft":
-            checkpoints.save_adapter(made, config, params, base=args.source)
+            base = opened.base or args.source
+            checkpoints.save_adapter(made, config, params, base=base, dtype=args.dtype)
         else:
             config, params = merge_lora(config, params)
             checkpoints.save_folder(made, config, params, extra=_special_ids(tokenizer))

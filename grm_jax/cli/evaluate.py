@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grm_jax.cli.judge import (
+    NO_ADAPTER,
     adaptive_error,
     add_adaptive_flags,
     add_sampling_flags,
@@ -29,7 +30,7 @@ from grm_jax.evaluation.report import write_report
 from grm_jax.evaluation.table import read_results, write_table
 from grm_jax.rewards import STATED_ERROR
 
-NO_ADAPTER = "-"
+NO_ADAPTERS = (NO_ADAPTER, "-")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -76,8 +77,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--adapter",
         nargs="+",
         default=[],
-        metavar="FOLDER",
-        help="PEFT folders: one for each model, or several for one model; - for none",
+        metavar="NAME",
+        help="PEFT folders, or names of those that come with the package: one for each model, or "
+        "several for one model; none (or -) for the bare model, which is the default",
     )
     add(
         "--samples",
@@ -244,7 +246,7 @@ def _has(evaluation: Evaluation, method: str) -> bool:
 
 def _judges(args: argparse.Namespace) -> list[_Judge]:
     models, kinds = args.model, args.judge
-    adapters = [None if adapter == NO_ADAPTER else adapter for adapter in args.adapter]
+    adapters = [None if adapter in NO_ADAPTERS else adapter for adapter in args.adapter]
     if not adapters:
         adapters = [None] * len(models)
     elif len(models) == 1:
@@ -252,7 +254,7 @@ def _judges(args: argparse.Namespace) -> list[_Judge]:
     elif len(models) != len(adapters):
         raise UsageError(
             f"there are {len(models)} models and {len(adapters)} adapters; give one adapter for "
-            "each model, - for none"
+            "each model, none for the bare one"
         )
     if len(kinds) == 1:
         kinds = kinds * len(models)

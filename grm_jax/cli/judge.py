@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from grm_jax.checkpoints import default_adapter
 from grm_jax.cli.display import show_judgement
 from grm_jax.data import (
     BadRecord,
@@ -26,6 +27,8 @@ from grm_jax.judge import DEFAULT_TEMPLATE, GRM
 from grm_jax.rewards import STATED_ERROR
 from grm_jax.sampling import ORDER_POLICIES, SCORE_POLICIES
 
+NO_ADAPTER = "none"
+
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which model judges and how it is sampled."""
@@ -35,7 +38,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default="smollm2-135m",
         help="a built-in name, hf:owner/name, a folder or a GGUF file",
     )
-    add("--adapter", metavar="FOLDER", help="a PEFT folder with LoRA adapters for the model")
+    add(
+        "--adapter",
+        metavar="NAME",
+        help="a PEFT folder with LoRA adapters for the model, or the name of one that comes with "
+        "the package (default: the one that was trained for this model, if there is one); none "
+        "for the bare model",
+    )
     add("--samples", type=int, default=8, metavar="K", help="judgements a record (default 8)")
     add("--temperature", type=float, default=0.5, metavar="T", help="0 is greedy (default 0.5)")
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass (default 1, all)")
@@ -57,7 +66,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="make samples follow the layout of a judgement, so that all are readable",
     )
-    add("--meta-model", metavar="NAME", help="a classifier that chooses which samples vote")
+    add(
+        "--meta-model",
+        metavar="NAME",
+        help="a classifier that chooses which samples vote: as --model, or a PEFT folder with a "
+        "head, or the name of one that comes with the package",
+    )
     add("--k-meta", type=int, metavar="N", help="how many it chooses (default half of K)")
     add("--template", default=DEFAULT_TEMPLATE, help="a built-in prompt template or a file")
     add("--seed", type=int, default=0, help="of samples, orders and ties (default 0)")
@@ -68,6 +82,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="how several devices are used: data=-1 deals out the samples (default), tensor=-1 "
         "splits a model that is too large for one, data=2,tensor=4 does both",
     )
+
+
+def adapter_of(args: argparse.Namespace) -> str | None:
+    """The adapter that the flags ask for: the one that comes with the package if they name none."""
+    if args.adapter is None:
+        return default_adapter(args.model)
+    return None if args.adapter == NO_ADAPTER else str(args.adapter)
+
+
+def say_default(args: argparse.Namespace) -> None:
+    """Says which adapter judges, where the flags do not."""
+    if args.adapter is None and (name := adapter_of(args)) is not None:
+        print(
+            f"grm-jax: {args.model} judges with the adapter {name}, which was trained for it; "
+            f"--adapter {NO_ADAPTER} leaves it out",
+            file=sys.stderr,
+        )
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
@@ -155,7 +186,7 @@ def run(args: argparse.Namespace) -> bool:
     if args.output is None:
         grm, settings = _load(args)
         return _to_screen(grm, records, total, settings)
-    source = {"model": args.model, "adapter": args.adapter}
+    source = {"model": args.model, "adapter": adapter_of(args)}
     with LineWriter.open(args.output, source | named) as writer:
         rest = _skip_done(records, writer.done, args.output)
         grm, settings = _load(args)
@@ -173,10 +204,13 @@ def run(args: argparse.Namespace) -> bool:
 def _load(args: argparse.Namespace) -> tuple[GRM, dict[str, Any]]:
     """The judge, and the settings with what they name loaded."""
     mesh = mesh_of(args)
-    grm = GRM.from_pretrained(args.model, adapter=args.adapter, mesh=mesh)
+    grm = GRM.from_pretrained(args.model, adapter=adapter_of(args), mesh=mesh)
     meta = None if args.meta_model is None else GRM.meta_model(args.meta_model, mesh=mesh)
-    more = {"adaptive": adaptive_error(args), "meta_model": meta}
-    return grm, sampling_settings(args) | more
+    settings = sampling_settings(args) | {"adaptive": adaptive_error(args), "meta_model": meta}
+    # It checks the settings, so that a wrong call says nothing else.
+    grm.judge_batch([], **settings)
+    say_default(args)
+    return grm, settings
 
 
 def _to_screen(

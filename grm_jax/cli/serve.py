@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from grm_jax.cli.judge import add_sampling_flags, mesh_of
+from grm_jax.cli.judge import adapter_of, add_sampling_flags, mesh_of, say_default
 from grm_jax.errors import UsageError
 from grm_jax.judge import GRM
 from grm_jax.prompts import load_template
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> bool:
         )
     template = load_template(args.template)
     mesh = mesh_of(args)
-    grm = GRM.from_pretrained(args.model, adapter=args.adapter, mesh=mesh)
+    grm = GRM.from_pretrained(args.model, adapter=adapter_of(args), mesh=mesh)
     # It checks the settings now, rather than at the first request.
     meta = None if args.meta_model is None else GRM.meta_model(args.meta_model, mesh=mesh)
     grm.judge_batch(
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> bool:
         k_meta=args.k_meta,
         scores=args.scores,
     )
+    say_default(args)
     engine = ModelEngine(
         grm=grm,
         template=template,

@@ -38,7 +38,8 @@ def open_judge(
     Args:
       kind: One of `KINDS`.
       model: Its name, a folder or a file.
-      adapter: A PEFT folder with adapters for the model; a classifier has none.
+      adapter: A PEFT folder with adapters for the model, or the name of one; a classifier with
+        adapters is named by its own folder.
       critic: For `cloud`, the model that writes critiques.
       settings: Of `GRM.judge_batch`, with the meta model by name; a kind uses those that concern
         it.
@@ -108,7 +109,9 @@ def check_judge(
     if kind not in KINDS:
         raise UsageError(f"there is no judge {kind!r}; choose one of {', '.join(KINDS)}")
     if kind in ("bt", "pairwise", "cloud") and adapter is not None:
-        raise UsageError(f"a {kind} judge is a classifier, which has no adapter; merge it first")
+        raise UsageError(
+            f"a {kind} judge is a classifier; name its own PEFT folder, if it has one, in --model"
+        )
     if kind == "cloud" and critic is None:
         raise UsageError("--critic names the model that writes critiques: a cloud judge needs it")
     if kind != "grm" and settings["adaptive"] is not False:

@@ -43,7 +43,8 @@ def default_config() -> ConfigDict:
             "data": {"comparisons": ()},
             # Models by the name to show; each judges greedily.
             "models": {},
-            # PEFT folders of those among them that have adapters.
+            # PEFT folders, or names of those that come with the package, of those among them that
+            # have adapters.
             "adapters": {},
             # Names of those that must follow the layout of a judgement.
             "constrained": (),

@@ -51,7 +51,8 @@ def base_config(stage: str) -> ConfigDict:
                 "lora_rank": 0,
                 "lora_alpha": 16.0,
                 "lora_targets": ("q", "k", "v", "out", "gate", "up", "down"),
-                # A PEFT folder whose adapters are trained further.
+                # A PEFT folder, or the name of one that comes with the package, whose adapters are
+                # trained further.
                 "adapter": "",
                 # Compute each layer again for its gradient instead of keeping what it computed.
                 "remat": False,

@@ -103,8 +103,9 @@ def run(settings: Settings, workdir: Path) -> bool:
 
     Args:
       settings: Of `default_config`.
-      workdir: Where everything goes; the model that comes out is in its folder `model`, for
-        `GRM.meta_model`, and how good it is on comparisons that it has not seen in `report.json`.
+      workdir: Where everything goes; the model that comes out, whole or as adapters with a head, is
+        in its folder `model`, for `GRM.meta_model`, and how good it is on comparisons that it has
+        not seen in `report.json`.
 
     Returns:
       Whether all steps are done.

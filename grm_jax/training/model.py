@@ -154,8 +154,13 @@ def place_model(
       num_labels: As in `open_model`.
 
     Raises:
-      UsageError: The adapters do not fit the decoder.
+      UsageError: The adapters do not fit the decoder, or it has some already.
     """
+    if stored.lora is not None:
+        raise UsageError(
+            f"{settings['model.name']} has adapters; merge them with `grm-jax convert`, or name "
+            "their base in model.name and their folder in model.adapter"
+        )
     remat, lora = bool(settings["model.remat"]), _lora(settings)
     plain = dataclasses.replace(stored, dtype=dtype, remat=remat, num_labels=num_labels)
     if lora is None:
@@ -221,14 +226,19 @@ def _load_adapters(base: _Base, placed: Placed, adapter: str) -> Params:
     Args:
       base: The base model.
       placed: From `place_model`.
-      adapter: A PEFT folder; empty for new adapters.
+      adapter: A PEFT folder or the name of one; empty for new adapters.
     """
     adapted, (shardings, _) = placed.config, split_lora(shardings_of(placed.params))
     if adapter:
-        found, adapters = checkpoints.load_adapter(Path(adapter), base.config, {}, base.mesh)
+        found, adapters = checkpoints.load_adapter(adapter, base.config, {}, base.mesh)
         if found.lora != adapted.lora:
             raise UsageError(
                 f"{adapter} has {found.lora}, but the configuration asks for {adapted.lora}"
+            )
+        if found.num_labels != adapted.num_labels:
+            raise UsageError(
+                f"{adapter} is a classifier of {found.num_labels} outputs; this stage cannot begin "
+                "there"
             )
     else:
         # Of all parameters, the compiler makes those that are asked for.
@@ -236,7 +246,7 @@ def _load_adapters(base: _Base, placed: Placed, adapter: str) -> Params:
             lambda key: split_lora(init_params(adapted, key))[0], out_shardings=shardings
         )
         adapters = make(base.key)
-    if not adapted.num_labels:
+    if not adapted.num_labels or HEAD in adapters:
         return adapters
     if base.needs_head:
         head = base.new_head(placed.params[HEAD].sharding)
@@ -305,9 +315,9 @@ def train_model(
 def save_model(model: Model, state: TrainState, folder: Path) -> None:
     """Writes what was trained so that it can be judged with, or trained on.
 
-    A whole model becomes an Orbax checkpoint with its tokenizer, adapters become a PEFT folder. A
-    classifier's adapters are merged first, since its head has no place in such a folder.
-    Every process of a group must call this.
+    A whole model becomes an Orbax checkpoint with its tokenizer; adapters become a PEFT folder,
+    with a classifier's head if there is one. Those of experts have no place in such a folder and
+    are merged. Every process of a group must call this.
 
     Args:
       model: The model.
@@ -316,13 +326,19 @@ def save_model(model: Model, state: TrainState, folder: Path) -> None:
     """
     config, params = model.config, state.params
     if config.lora is not None:
-        if not config.num_labels:
-            checkpoints.save_adapter(folder, config, params, base=model.name)
+        if "experts" not in config.lora.targets:
+            checkpoints.save_adapter(folder, config, params, base=_lasting(model.name))
             return
         config, params = merge_lora(config, state.model)
     checkpoints.save_orbax(folder, dataclasses.replace(config, remat=False), params)
     if jax.process_index() == 0:
         save_tokenizer(model.tokenizer, folder)
+
+
+def _lasting(name: str) -> str:
+    """A model's name such that it can be found from other places too."""
+    local = name not in checkpoints.MODELS and Path(name).exists()
+    return str(Path(name).absolute()) if local else name
 
 
 def next_token_logprobs(

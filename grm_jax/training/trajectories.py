@@ -41,7 +41,7 @@ def sampler_config() -> ConfigDict:
     """The keys of the group `sampler`, but for those of one stage."""
     return ConfigDict(
         {
-            # Whose judgements they are, and its adapters; empty for none.
+            # Whose judgements they are, and its adapters, as in `model.adapter`; empty for none.
             "model": "",
             "adapter": "",
             # Judgements of each comparison, and how they are sampled.

@@ -50,6 +50,6 @@ def judge(call: Call, tiny_grm: GRM, monkeypatch: pytest.MonkeyPatch) -> Call:
     settings = ("--constrain", "--max-new-tokens", "80", "--samples", "2", "--orders", "fixed")
 
     def run(*arguments: str | Path) -> Outcome:
-        return call("judge", *settings, *arguments)
+        return call("judge", "--adapter", "none", *settings, *arguments)
 
     return run

@@ -1,5 +1,6 @@
 """`grm-jax convert` between the formats, and judging with what it writes."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,33 @@ def test_adapters_are_merged_or_kept_apart(source: Path, tmp_path: Path) -> None
     jax.tree.map(np.testing.assert_array_equal, merge_lora(config, params)[1], wanted[1])
     assert verdict(source, adapter=str(tmp_path / "adapter")) == verdict(tmp_path / "one")
     assert verdict(source) != verdict(tmp_path / "one")
+
+
+def test_adapters_in_fewer_bits(source: Path, tmp_path: Path) -> None:
+    """With a head too, as a meta reward model's."""
+    config, params = checkpoints.load(str(source))
+    lora = Lora(rank=2, alpha=64.0, targets=("v", "up"))
+    config, params = add_lora(config, params, lora, jax.random.key(0))
+    config = dataclasses.replace(config, num_labels=1)
+    params = {**params, "score": np.ones((1, config.width), np.float32)}
+    checkpoints.save_adapter(tmp_path / "trained", config, params, base=str(source))
+    flags = ("--to", "peft", "--dtype", "bfloat16")
+    assert convert(tmp_path / "trained", tmp_path / "small", *flags) == OK
+    before, after = (
+        safetensors.numpy.load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("trained", "small")
+    )
+    assert before.keys() == after.keys()
+    for name, array in after.items():
+        assert array.dtype.name == "bfloat16"
+        np.testing.assert_array_equal(array, before[name].astype(array.dtype))
+    texts = [(tmp_path / one / "adapter_config.json").read_text() for one in ("trained", "small")]
+    assert texts[0] == texts[1]
+    # Merged, it is a classifier as `transformers` has them.
+    assert convert(tmp_path / "trained", tmp_path / "whole") == OK
+    kind = transformers.AutoModelForSequenceClassification
+    whole = kind.from_pretrained(tmp_path / "whole")
+    assert (whole.num_labels, float(whole.score.weight.detach().mean())) == (1, 1.0)
 
 
 def test_bfloat16(source: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from grm_jax import GRM, checkpoints
 from grm_jax.distributed import make_mesh
 from grm_jax.errors import UsageError
-from grm_jax.models import split_lora
+from grm_jax.models import reward, split_lora
 from grm_jax.prompts import load_template
 from grm_jax.sampling import MetaModel
 from grm_jax.training import bt, cloud, meta, pairs, pairwise
@@ -371,8 +371,18 @@ def test_a_model_that_reads_critiques(run: Run, folder: Path) -> None:
 @pytest.mark.slow
 def test_adapters_learn_beside_their_head(run: Run, folder: Path) -> None:
     workdir = run(bt, model__lora_rank=2, steps=4, heldout__every=2)
-    config, params = checkpoints.load(str(workdir / "model"))
-    assert (config.num_labels, config.lora) == (1, None)
-    assert not split_lora(params)[0]
-    assert np.abs(params["score"]).max() > 1e-3
     assert np.isfinite(scalar.report(workdir)["heldout"]["loss"])
+    # A PEFT folder, which names its base from wherever it is read.
+    config, params = checkpoints.load(str(workdir / "model"))
+    assert (config.num_labels, config.lora and config.lora.rank) == (1, 2)
+    assert np.abs(params["score"]).max() > 1e-3
+    written = json.loads((workdir / "model" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(folder / "base")
+    model = loaded(workdir, folder)
+    assert (model.config.lora, split_lora(model.params)[0]) == (None, {})
+    ids = [5, 6, 7]
+    apart = reward(params, config, jnp.asarray([ids]), jnp.asarray([3]))
+    assert model.rewards([ids]) == pytest.approx(np.asarray(apart), abs=1e-5)
+    # What has adapters is not trained as a whole.
+    with pytest.raises(UsageError, match="has adapters; merge them"):
+        run(bt, name="whole", model__name=str(workdir / "model"))
