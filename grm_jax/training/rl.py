@@ -174,7 +174,6 @@ def run(settings: Settings, workdir: Path) -> bool:
             programs,
             maker.pad,
             size=size,
-            new_tokens=rollout.max_new_tokens,
             reference=reference,
         )
     else:
