@@ -25,7 +25,7 @@ from grm_jax.models import abstract_params, family_config, init_params, param_ax
 from grm_jax.rewards import group_advantages
 from grm_jax.training.learner import make_learner
 from grm_jax.training.losses import grpo_loss, loss_denominator
-from grm_jax.training.model import next_token_logprobs
+from grm_jax.training.model import completion_logprobs
 from grm_jax.training.optimizer import Optimizer
 from grm_jax.training.rollouts import make_completer
 
@@ -38,17 +38,19 @@ POLICY = family_config(
 
 
 class Batch(NamedTuple):
-    """What the learner takes: `R` rows of `S` tokens.
+    """What the learner takes: `B` prompts of `P` tokens with `G` completions of `T` each.
 
     Attributes:
-      tokens: `i32[R, S]`, prompt and completion.
-      lengths: `i32[R]`.
-      mask: `bool[R, S]`, at t whether token t + 1 is learnt from.
-      advantages: `f32[R]`.
+      prompts: `i32[B, P]`.
+      lengths: `i32[B]`, of the prompts.
+      tokens: `i32[B, G, T]`, the completions.
+      mask: `bool[B, G, T]`, the tokens to learn from.
+      advantages: `f32[B, G]`.
     """
 
-    tokens: np.ndarray
+    prompts: np.ndarray
     lengths: np.ndarray
+    tokens: np.ndarray
     mask: np.ndarray
     advantages: np.ndarray
 
@@ -85,9 +87,10 @@ def train(
     shardings = tree_shardings(param_axes(POLICY), mesh, shapes)
 
     def loss(params: Any, batch: Batch, denominator: jax.Array, _: jax.Array) -> Any:
-        logprobs, _ = next_token_logprobs(
+        logprobs, _ = completion_logprobs(
             params,
             POLICY,
+            batch.prompts,
             batch.tokens,
             lengths=batch.lengths,
             mesh=mesh,
@@ -95,18 +98,18 @@ def train(
             chunk=16,
         )
         return grpo_loss(
-            logprobs=logprobs,
+            logprobs=logprobs.reshape(-1, NEW_TOKENS),
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=batch.advantages,
-            mask=batch.mask,
+            advantages=batch.advantages.ravel(),
+            mask=batch.mask.reshape(-1, NEW_TOKENS),
             beta=0.0,
             denominator=denominator,
         )
 
     learner = make_learner(
         loss,
-        lambda batch: loss_denominator(batch.mask.reshape(-1, batch.mask.shape[-1])),
+        lambda batch: loss_denominator(batch.mask.reshape(-1, NEW_TOKENS)),
         Optimizer(optax.adam(rate), optax.constant_schedule(rate)),
         params=with_shardings(shapes, shardings),
         frozen={},
@@ -129,7 +132,7 @@ def train(
 
     def held_out(key: jax.Array) -> float:
         found = complete(range(900, 932), key)
-        return true_score(answers(found.written, found.lengths))
+        return true_score(answers(found.tokens, found.lengths))
 
     rng = np.random.default_rng(seed)
     first, last, *keys = jax.random.split(jax.random.key(seed), steps + 2)
@@ -141,16 +144,14 @@ def train(
             Task(messages=({"role": "user", "content": f"{number:03}"},))
             for number in np.repeat(numbers, GROUP)
         ]
-        rewards = np.array(scorer.rewards(asked, answers(found.written, found.lengths)), np.float32)
+        rewards = np.array(scorer.rewards(asked, answers(found.tokens, found.lengths)), np.float32)
         history.append(float(rewards.mean()))
-        rows, size = PROMPTS * GROUP, found.tokens.shape[-1]
-        lengths = 3 + found.lengths.reshape(rows)
-        place = np.arange(1, size + 1)
         batch = Batch(
-            tokens=found.tokens.reshape(rows, size),
-            lengths=lengths,
-            mask=(place >= 3) & (place < lengths[:, None]),
-            advantages=np.asarray(group_advantages(rewards.reshape(PROMPTS, GROUP))).ravel(),
+            prompts=questions(numbers),
+            lengths=np.full(PROMPTS, 3, np.int32),
+            tokens=found.tokens,
+            mask=np.arange(NEW_TOKENS) < found.lengths[..., None],
+            advantages=np.asarray(group_advantages(rewards.reshape(PROMPTS, GROUP))),
         )
         state, _ = learner(state, batch)
     return history, before, held_out(last)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from grm_jax.models.branches import branched_attention
 from grm_jax.models.kernels import causal_attention
 
 KeysValues = tuple[Any, Any]
@@ -61,6 +62,8 @@ class Bounds(NamedTuple):
       past: For each shared segment, its start and length, `i32[B]`.
       own: The start and length of the samples' own segment, `i32[B, K]`, or None.
       segment_ids: `i32[B, T]`, where rows hold several sequences that do not see one another.
+      branches: `i32[B, G, T']`, positions of the last `G * T'` tokens where these are G texts that
+        follow those before them and do not see one another; `length` is then of what they follow.
     """
 
     start: jax.Array
@@ -68,6 +71,7 @@ class Bounds(NamedTuple):
     past: tuple[tuple[jax.Array, jax.Array], ...]
     own: tuple[jax.Array, jax.Array] | None
     segment_ids: jax.Array | None = None
+    branches: jax.Array | None = None
 
 
 class Cache(NamedTuple):
@@ -118,19 +122,47 @@ def cached_attention(
     values = None if value is None else value.transpose(0, 2, 1, 3)
     values = _constrain(values, ("batch", "kv_heads", "length", "head_dim"))
     if value is not None and not past:
-        mixed = causal_attention(
+        mixed = self_attention(query, key, value, bounds, window, windows, softcap)
+        return mixed, (keys, values)
+    current = Segment(keys, values, bounds.start, bounds.length)
+    return attend(query, current, past, window, softcap), (keys, values)
+
+
+def self_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bounds: Bounds,
+    window: jax.Array,
+    windows: tuple[int, ...],
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of tokens with nothing before them; arguments as of `cached_attention`.
+
+    Returns:
+      `[B, T, heads, value_dim]`.
+    """
+    if bounds.branches is not None:
+        return branched_attention(
             query,
             key,
             value,
             length=bounds.length,
+            positions=bounds.branches,
             window=window,
             windows=windows,
             softcap=softcap,
-            segment_ids=bounds.segment_ids,
         )
-        return mixed, (keys, values)
-    current = Segment(keys, values, bounds.start, bounds.length)
-    return attend(query, current, past, window, softcap), (keys, values)
+    return causal_attention(
+        query,
+        key,
+        value,
+        length=bounds.length,
+        window=window,
+        windows=windows,
+        softcap=softcap,
+        segment_ids=bounds.segment_ids,
+    )
 
 
 def _constrain(x: Any, names: tuple[str | None, ...]) -> Any:

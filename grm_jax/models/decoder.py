@@ -255,6 +255,41 @@ def forward(
     return hidden, Segment(keys, values, start, length)
 
 
+def forward_branches(
+    params: Params,
+    config: DecoderConfig,
+    prompts: jax.Array,
+    texts: jax.Array,
+    *,
+    length: jax.Array,
+) -> jax.Array:
+    """Runs the decoder on prompts, and on G texts behind each that do not see one another.
+
+    All of it is one pass, in which a prompt is computed once for its texts.
+
+    Args:
+      params: Parameters, as `init_params` lays them out.
+      config: The decoder's configuration.
+      prompts: `i32[B, P]`, left-aligned.
+      texts: `i32[B, G, T]`, left-aligned; what fills them up may be anything.
+      length: `i32[B]`, tokens of each prompt that the texts follow.
+
+    Returns:
+      Hidden states of the texts after the final norm, `[B, G, T, D]`.
+    """
+    rows, size = prompts.shape
+    before = jnp.broadcast_to(jnp.arange(size), prompts.shape)
+    behind = length[:, None, None] + jnp.arange(texts.shape[2])
+    behind = jnp.broadcast_to(behind, texts.shape)
+    tokens, positions = (
+        jnp.concatenate([one, other.reshape(rows, -1)], axis=1)
+        for one, other in ((prompts, texts), (before, behind))
+    )
+    bounds = Bounds(jnp.zeros_like(length), length, (), None, branches=behind)
+    hidden, _ = _apply(params, config, tokens, positions, bounds, Cache((), None))
+    return hidden[:, size:].reshape(*texts.shape, -1)
+
+
 def forward_parallel(
     params: Params,
     config: DecoderConfig,

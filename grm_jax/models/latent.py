@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from grm_jax.models.attention import Bounds, Cache, KeysValues, cached_attention
+from grm_jax.models.attention import (
+    Bounds,
+    Cache,
+    KeysValues,
+    cached_attention,
+    self_attention,
+)
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.kernels import causal_attention
 from grm_jax.models.layers import Linear, RMSNorm, Weight
 from grm_jax.models.rope import rotate
 
@@ -93,13 +98,12 @@ class LatentAttention(nn.Module):
         keys = jnp.einsum("btr,hnr->bthn", latent, to_key)
         shared = jnp.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
-        return causal_attention(
+        return self_attention(
             query,
             keys,
             jnp.einsum("btr,hvr->bthv", latent, to_value),
-            length=bounds.length,
-            window=window,
-            windows=tuple(set(self.config.windows)),
-            softcap=self.config.attention_softcap,
-            segment_ids=bounds.segment_ids,
+            bounds,
+            window,
+            tuple(set(self.config.windows)),
+            self.config.attention_softcap,
         )

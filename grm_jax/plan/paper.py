@@ -11,6 +11,7 @@ from typing import NamedTuple, final
 import jax
 
 from grm_jax.models import DecoderConfig
+from grm_jax.models.kernels import ROWS
 from grm_jax.plan.chips import Topology
 from grm_jax.plan.costs import Collective, Cost, Traffic
 from grm_jax.plan.report import Memory, ProgramReport
@@ -151,11 +152,15 @@ def _temporaries(shape: _Shape, program: Program) -> float:
     c, work = shape.config, program.work
     most = 0.0
     for one in work.passes:
-        tokens = _pass_rows(shape, one) * one.length
+        tokens = _pass_rows(shape, one) * one.tokens
         # A layer at work, and the next one's kernels on their way.
         need = 2 * tokens * _token_bytes(shape) + 2 * _layer_weights(shape)
         if one.logits:
-            need += 4 * 4 * tokens * min(shape.chunk, c.vocab_size) / shape.tensor
+            targets = _pass_rows(shape, one) * one.targets
+            need += 4 * 4 * targets * min(shape.chunk, c.vocab_size) / shape.tensor
+        # Scores of a block of the branches' queries, and what becomes of them.
+        scores = one.branches * min(one.behind, ROWS) * (one.length + one.behind)
+        need += 2 * 4 * _pass_rows(shape, one) * scores * c.num_heads / shape.tensor
         if one.learns:
             kept = _width(c) * c.width if c.remat else _token_bytes(shape)
             need += c.num_layers * tokens * kept
@@ -189,7 +194,7 @@ def _moved(shape: _Shape, program: Program) -> float:
         rows = max(one.rows / shape.rows, 1.0)
         total += turns * weights
         each = 2 * _token_bytes(shape) * (3 + c.remat if one.learns else 1)
-        total += c.num_layers * rows * one.length * each
+        total += c.num_layers * rows * one.tokens * each
         if one.learns:
             # Parameters, both moments and the gradient, read and written.
             total += 8 * shape.params
@@ -227,7 +232,7 @@ def _collectives(shape: _Shape, program: Program, topology: Topology) -> dict[Co
         parts = shape.accumulate if one.learns or one.logits else 1
         turns = parts * (2 if one.learns else 1)
         add("all-gather", shape.parts, inner, turns * c.num_layers, layer)
-        tokens = max(one.rows / parts / shape.rows, 1.0) * one.length
+        tokens = max(one.rows / parts / shape.rows, 1.0) * one.tokens
         times = parts * (2 + c.remat if one.learns else 1) * c.num_layers
         met(tokens, times)
         if one.learns:

@@ -33,7 +33,7 @@ from grm_jax.training.classifiers import (
     row_length,
 )
 from grm_jax.training.config import Settings
-from grm_jax.training.grpo import make_programs
+from grm_jax.training.grpo import kept_together, make_programs
 from grm_jax.training.learner import Learner, check_rows
 from grm_jax.training.model import NANO, Model, decoder_of_shape, place_model
 from grm_jax.training.rollouts import Tasks
@@ -309,7 +309,9 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
     if rows % each:
         raise UsageError(f"batch.rows is {rows}; it must be a multiple of rollout.group, {each}")
     prompts, size = rows // each, settings.at_least("data.max_prompt", 2)
-    new, length = rollout.max_new_tokens, size + rollout.max_new_tokens
+    new, accumulate = rollout.max_new_tokens, programs.learner.accumulate
+    together = kept_together(rows, each, accumulate * batch_parts(mesh))
+    scoring = Pass(rows=rows // together, length=size, logits=True, branches=together, behind=new)
 
     sampling = programs.sampling
 
@@ -364,8 +366,8 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
             arguments=(target, rows_on(outputs["rollout"], mesh), reference),
             held=(0, 2),
             turns=1,
-            tokens=rows * length,
-            work=Work((Pass(rows=rows, length=length, logits=True),) * scored),
+            tokens=rows * new,
+            work=Work((scoring,) * scored),
         )
 
     def update(outputs: Outputs) -> Program:
@@ -376,8 +378,8 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
             arguments=(target, outputs["experience"][0]),
             held=(0,),
             turns=1,
-            tokens=rows * length,
-            work=Work((Pass(rows=rows, length=length, learns=True, logits=True),)),
+            tokens=rows * new,
+            work=Work((scoring._replace(learns=True),)),
             times=programs.updates,
         )
 
@@ -388,7 +390,7 @@ def _reinforcement(name: str, settings: Settings, mesh: Mesh, model: Model) -> S
         config=model.config,
         params=model.params,
         frozen=model.frozen,
-        accumulate=programs.learner.accumulate,
+        accumulate=accumulate,
         chunk=settings.at_least("vocab_chunk", 1),
         held=(target, reference),
         steps=(roll, learn, update) if sampling is mesh else (lend, roll, learn, update),

@@ -21,10 +21,13 @@ class Pass(NamedTuple):
 
     Attributes:
       rows: How many, over all chips.
-      length: Tokens of each.
+      length: Tokens of each, without those of its branches.
       learns: Whether there is a gradient.
       logits: Whether log-probabilities of the tokens are taken.
       cached: Whether only keys and values are wanted of it.
+      branches: Texts that follow each row and do not see one another; if there are any, only their
+        log-probabilities are taken.
+      behind: Tokens of each of them.
     """
 
     rows: int
@@ -32,6 +35,18 @@ class Pass(NamedTuple):
     learns: bool = False
     logits: bool = False
     cached: bool = False
+    branches: int = 0
+    behind: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a row with its branches."""
+        return self.length + self.branches * self.behind
+
+    @property
+    def targets(self) -> int:
+        """Tokens of a row whose log-probabilities may be taken."""
+        return self.branches * self.behind if self.branches else self.length
 
 
 class Decoded(NamedTuple):
@@ -73,8 +88,11 @@ def model_flops(config: DecoderConfig, work: Work) -> float:
     total = 0.0
     for one in work.passes:
         seen = sum(_seen(one.length, window) for window in config.windows)
-        each = one.length * _products(config) + seen * _pair(config)
-        each += one.length * _logit_products(config) * one.logits
+        for window in config.windows:
+            ahead = _seen(one.length + one.behind, window) - _seen(one.length, window)
+            seen += one.branches * ahead
+        each = one.tokens * _products(config) + seen * _pair(config)
+        each += one.targets * _logit_products(config) * one.logits
         total += 2 * one.rows * each * (_backward(config) + 1 if one.learns else 1)
     if work.decoded:
         total += _decode_flops(config, work.decoded)
@@ -116,24 +134,27 @@ def kernel_flops(
 def _pass_flops(config: DecoderConfig, one: Pass, kind: Kind) -> float:
     products, adapters = _products(config), _adapter_products(config)
     pairs = sum(_scored(one.length, window, kind) for window in config.windows)
-    logits = one.length * _logit_products(config) * one.logits
-    forwards = pairs * _pair(config)
+    plain = config.num_layers * one.branches * _scored_behind(one.length, one.behind)
+    logits = one.targets * _logit_products(config) * one.logits
+    forwards = (pairs + plain) * _pair(config)
     if one.cached and kind == "cpu":
         # CPUs have each layer by itself, and nothing comes of the last one but keys and values.
         products -= _layer_products(config, config.stacks[-1]) - _key_products(config)
         forwards -= _scored(one.length, config.windows[-1], kind) * _pair(config)
     if not one.learns:
-        return 2.0 * one.rows * (one.length * (products + adapters) + forwards + logits)
+        return 2.0 * one.rows * (one.tokens * (products + adapters) + forwards + logits)
     again = 1 + config.remat
-    each = one.length * products * (again + _backward(config))
-    each += one.length * adapters * (again + 2)
+    each = one.tokens * products * (again + _backward(config))
+    each += one.tokens * adapters * (again + 2)
+    # Scores are kept by nobody: the gradient takes them, and what they weigh, once more.
+    each += forwards * again
     if kind == "tpu":
         # Two kernels for the gradient, both of which take scores and their gradients anew.
         key, value = _sizes(config)
-        each += forwards * again + pairs * config.num_heads * (4 * key + 3 * value)
+        each += pairs * config.num_heads * (4 * key + 3 * value)
+        each += plain * _pair(config) * (1 + 2)
     else:
-        # Scores are kept by nobody: the gradient takes them, and what they weigh, once more.
-        each += forwards * (again + 1 + 2)
+        each += forwards * (1 + 2)
     each += logits * (2 + _backward(config))
     return 2.0 * one.rows * each
 
@@ -232,6 +253,13 @@ def _scored(length: int, window: int, kind: Kind) -> int:
         end = min(begin + ROWS, length)
         total += (end - begin) * (end - max(0, begin - window + 1))
     return total
+
+
+def _scored_behind(length: int, behind: int) -> int:
+    """Pairs that a text scores behind a prompt, in blocks of queries."""
+    begins = range(0, behind, ROWS)
+    own = sum(min(ROWS, behind - begin) * min(begin + ROWS, behind) for begin in begins)
+    return behind * length + own
 
 
 def _in_blocks(length: int, window: int) -> int:

@@ -5,8 +5,11 @@ standardised in the group, are the advantages of all their tokens. One update a 
 pass of its own for the old policy, and the reference policy is either what learns as it was at
 first or, under adapters, the base model.
 
-Letters for shapes: `B` prompts, `G` rollouts of each, `R = B * G` rows in `A` micro-batches, `S`
-tokens of a row.
+A prompt is computed once for the rollouts that follow it, here as in sampling: for all G of them
+where every device has whole groups in each micro-batch, else for as many as can be kept together.
+
+Letters for shapes: `B` prompts of `P` tokens, `G` rollouts of each, of `T` tokens; `R = B * G` rows
+in `A` micro-batches; `M` rows behind one computed prompt, of which there are `N` in a micro-batch.
 """
 
 import dataclasses
@@ -21,7 +24,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from grm_jax.distributed import arranged, make_mesh, on_mesh, rows_sharding, with_shardings
+from grm_jax.distributed import (
+    arranged,
+    batch_parts,
+    make_mesh,
+    on_mesh,
+    rows_sharding,
+    with_shardings,
+)
 from grm_jax.errors import UsageError
 from grm_jax.models import DecoderConfig, Params, abstract_params, join_lora
 from grm_jax.rewards import group_advantages
@@ -37,7 +47,7 @@ from grm_jax.training.losses import (
     loss_denominator,
     truncated_importance,
 )
-from grm_jax.training.model import Model, next_token_logprobs, placed
+from grm_jax.training.model import Model, completion_logprobs, placed
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.rollouts import Rolled, RolloutSettings, Task, Tasks, make_sampler
 from grm_jax.training.state import TrainState, shardings_of
@@ -65,17 +75,19 @@ class Experience(NamedTuple):
     """Rollouts as the learner takes them, R rows in A micro-batches; see `rollouts.Rolled`.
 
     Attributes:
-      tokens: `i32[A, R / A, S]`.
-      lengths: `i32[A, R / A]`, prompt and completion.
-      mask: `bool[A, R / A, S]`, at t whether token t + 1 is learnt from.
-      sampler_logprobs: `f32[A, R / A, S]`.
-      advantages: `f32[A, R / A]`.
-      old_logprobs: `f32[A, R / A, S]` under the policy that sampled; None with one update.
-      ref_logprobs: `f32[A, R / A, S]` under the reference policy; None without one.
+      prompts: `i32[A, N, P]`.
+      prompt_lengths: `i32[A, N]`.
+      tokens: `i32[A, N, M, T]`, the completions of each.
+      mask: `bool[A, N, M, T]`, the tokens to learn from.
+      sampler_logprobs: `f32[A, N, M, T]`.
+      advantages: `f32[A, N, M]`.
+      old_logprobs: `f32[A, N, M, T]` under the policy that sampled; None with one update.
+      ref_logprobs: `f32[A, N, M, T]` under the reference policy; None without one.
     """
 
+    prompts: jax.Array
+    prompt_lengths: jax.Array
     tokens: jax.Array
-    lengths: jax.Array
     mask: jax.Array
     sampler_logprobs: jax.Array
     advantages: jax.Array
@@ -89,30 +101,34 @@ def make_loss(config: DecoderConfig, mesh: Mesh, settings: LossSettings, *, chun
     def loss(
         params: Params, batch: Experience, denominator: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        logprobs, entropy = next_token_logprobs(
+        logprobs, entropy = completion_logprobs(
             params,
             config,
+            batch.prompts,
             batch.tokens,
-            lengths=batch.lengths,
+            lengths=batch.prompt_lengths,
             mesh=mesh,
             temperature=settings.temperature,
             chunk=chunk,
             with_entropy=True,
         )
+        old, ref = batch.old_logprobs, batch.ref_logprobs
+        logprobs, mask = _rows(logprobs), _rows(batch.mask)
+        old, ref = None if old is None else _rows(old), None if ref is None else _rows(ref)
         weights, gaps = truncated_importance(
-            logprobs=logprobs if batch.old_logprobs is None else batch.old_logprobs,
-            sampler_logprobs=batch.sampler_logprobs,
-            mask=batch.mask,
+            logprobs=logprobs if old is None else old,
+            sampler_logprobs=_rows(batch.sampler_logprobs),
+            mask=mask,
             cap=settings.importance_cap or 1.0,
         )
         if not settings.importance_cap:
             gaps = {name: gaps[name] for name in ("sampler_gap_mean", "sampler_gap_max")}
         value, metrics = grpo_loss(
             logprobs=logprobs,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            advantages=batch.advantages,
-            mask=batch.mask,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            advantages=batch.advantages.ravel(),
+            mask=mask,
             clip=settings.clip,
             clip_high=settings.clip_high,
             beta=settings.beta,
@@ -123,8 +139,8 @@ def make_loss(config: DecoderConfig, mesh: Mesh, settings: LossSettings, *, chun
             denominator=denominator,
         )
         if entropy is not None:
-            total = jnp.sum(entropy, where=batch.mask)
-            metrics["entropy"] = total / jnp.maximum(jnp.sum(batch.mask), 1)
+            total = jnp.sum(_rows(entropy), where=mask)
+            metrics["entropy"] = total / jnp.maximum(jnp.sum(mask), 1)
         return value, metrics | gaps
 
     return loss
@@ -193,6 +209,8 @@ def make_programs(
     chunk = settings.at_least("vocab_chunk", 1)
     apart = settings.at_least("rollout.devices", 0)
     sampling = _sampling_mesh(settings, mesh, apart)
+    rows, parts = settings.at_least("batch.rows", 1), accumulate * batch_parts(mesh)
+    together = kept_together(rows, rollout.group, parts)
     sampler = make_sampler(config, model.tokenizer, sampling, rollout)
     pending: Any = ()
     if apart:
@@ -219,11 +237,12 @@ def make_programs(
         return sampler(lent.params, tasks, jax.random.fold_in(key, part))
 
     def score(params: Params, base: bool, batch: Experience) -> jax.Array:
-        def of_part(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-            tokens, lengths = part
-            return next_token_logprobs(
+        def of_part(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            prompts, lengths, tokens = part
+            return completion_logprobs(
                 params,
                 plain if base else config,
+                prompts,
                 tokens,
                 lengths=lengths,
                 mesh=mesh,
@@ -231,12 +250,12 @@ def make_programs(
                 chunk=chunk,
             )[0]
 
-        return lax.map(of_part, (batch.tokens, batch.lengths))
+        return lax.map(of_part, (batch.prompts, batch.prompt_lengths, batch.tokens))
 
     def learn_from(
         state: TrainState, rolled: Rolled, held: Params | None
     ) -> tuple[Experience, Metrics]:
-        batch, metrics = to_experience(rolled, losses, accumulate=accumulate)
+        batch, metrics = to_experience(rolled, losses, accumulate=accumulate, together=together)
         if updates > 1:
             batch = batch._replace(old_logprobs=score(state.model, False, batch))
         if held is not None:
@@ -253,6 +272,23 @@ def make_programs(
         roll=jax.jit(roll),
         learn_from=jax.jit(learn_from),
         choose=jax.jit(choose),
+    )
+
+
+def kept_together(rows: int, group: int, parts: int) -> int:
+    """M: how many rollouts of a prompt are behind one computation of it when they are learnt from.
+
+    Args:
+      rows: R.
+      group: G.
+      parts: Of the batch, each a device's share of a micro-batch.
+
+    Returns:
+      G if each part can have whole groups; else the largest part of a group that each can have.
+    """
+    return max(
+        (size for size in range(1, group + 1) if group % size == 0 and rows % (size * parts) == 0),
+        default=1,
     )
 
 
@@ -407,7 +443,6 @@ def make_advance_ahead(
     pad: Callable[[Sequence[Task], int], Tasks],
     *,
     size: int,
-    new_tokens: int,
     reference: Params | None,
 ) -> Callable[[TrainState, tuple[Sequence[Task], Sequence[Task] | None]], Advanced]:
     """A step in which other devices sample what the next one learns from.
@@ -419,7 +454,6 @@ def make_advance_ahead(
       programs: What it runs; sampling has devices of its own.
       pad: As in `make_advance`, like the rest.
       size: B.
-      new_tokens: T.
       reference: See `Programs.learn_from`.
 
     Returns:
@@ -443,13 +477,13 @@ def make_advance_ahead(
         del lent
         with learner.here():
             # As long as in a run in turn, whatever room there is for longer ones.
-            rolled = _to_width(rolled, pad(now, size).tokens.shape[1] + new_tokens)
+            rolled = _to_width(rolled, pad(now, size).tokens.shape[1])
             state = state._replace(pending=())
             batch, measured = programs.learn_from(state, rolled, reference)
             for _ in range(programs.updates):
                 state, metrics = learner.step(state, batch)
             if coming is not None:
-                pending = _to_width(coming, pending.tokens.shape[-1])
+                pending = _to_width(coming, pending.prompts.shape[-1])
         return Advanced(
             state=state._replace(pending=pending), metrics=metrics | measured, learnt=batch
         )
@@ -469,17 +503,11 @@ def choose(rolled: Rolled, before: Rolled | None) -> tuple[Rolled, jax.Array]:
     """
     size = len(rolled.usable)
     if before is not None:
-        longest = max(rolled.tokens.shape[-1], before.tokens.shape[-1])
-
-        def join(one: jax.Array, other: jax.Array) -> jax.Array:
-            return jnp.concatenate([_to_length(one, longest), _to_length(other, longest)])
-
-        wide = ("tokens", "sampler_logprobs")
-        rolled = Rolled(
-            **{
-                name: join(one, other) if name in wide else jnp.concatenate([one, other])
-                for name, one, other in zip(Rolled._fields, before, rolled, strict=True)
-            }
+        longest = max(rolled.prompts.shape[-1], before.prompts.shape[-1])
+        rolled = jax.tree.map(
+            lambda *both: jnp.concatenate(both),
+            _to_width(before, longest),
+            _to_width(rolled, longest),
         )
     useful = informative(rolled.rewards)[:, 0] & rolled.usable
     chosen = jnp.argsort(~useful, stable=True)[:size]
@@ -487,7 +515,7 @@ def choose(rolled: Rolled, before: Rolled | None) -> tuple[Rolled, jax.Array]:
 
 
 def to_experience(
-    rolled: Rolled, settings: LossSettings, *, accumulate: int
+    rolled: Rolled, settings: LossSettings, *, accumulate: int, together: int
 ) -> tuple[Experience, Metrics]:
     """Advantages of rollouts, laid out for the learner, and what is to be known of them.
 
@@ -495,30 +523,33 @@ def to_experience(
       rolled: B groups of G.
       settings: Of the loss.
       accumulate: A.
+      together: M, from `kept_together`.
 
     Returns:
       The experience, without log-probabilities of other policies, and metrics, each `f32[]`. Those
       of correctness follow the rule alone. `accuracy_best_at_i` is the share of right judgements
       where the best response was shown at place i, from 1; NaN if it nowhere was.
     """
-    groups, each, size = rolled.tokens.shape
-    rows = groups * each
+    groups, each, time = rolled.tokens.shape
     usable = jnp.broadcast_to(rolled.usable[:, None], (groups, each))
     differ = informative(rolled.rewards)
     advantages = group_advantages(
         rolled.rewards, floor=settings.deviation_floor, deviation=settings.deviation
     )
     learnt = usable & differ if settings.drop_uniform else usable
-    starts = rolled.prompt_lengths[:, None, None]
-    place = jnp.arange(size) + 1
-    mask = (place >= starts) & (place < starts + rolled.lengths[..., None]) & learnt[..., None]
+    mask = (jnp.arange(time) < rolled.lengths[..., None]) & learnt[..., None]
 
     def split(array: jax.Array) -> jax.Array:
-        return array.reshape(accumulate, rows // accumulate, *array.shape[2:])
+        return array.reshape(accumulate, -1, together, *array.shape[2:])
+
+    def split_prompts(array: jax.Array) -> jax.Array:
+        often = jnp.repeat(array, each // together, axis=0)
+        return often.reshape(accumulate, -1, *array.shape[1:])
 
     batch = Experience(
+        prompts=split_prompts(rolled.prompts),
+        prompt_lengths=split_prompts(rolled.prompt_lengths),
         tokens=split(rolled.tokens),
-        lengths=split(rolled.prompt_lengths[:, None] + rolled.lengths),
         mask=split(mask),
         sampler_logprobs=split(rolled.sampler_logprobs),
         advantages=split(advantages),
@@ -549,20 +580,13 @@ def to_experience(
     return batch, metrics
 
 
-def _rows(mask: jax.Array) -> jax.Array:
-    """Micro-batches as one batch."""
-    return mask.reshape(-1, mask.shape[-1])
+def _rows(array: jax.Array) -> jax.Array:
+    """`[..., T]` as rows of one batch."""
+    return array.reshape(-1, array.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def _to_width(rolled: Rolled, size: int) -> Rolled:
-    """Rollouts with arrays of so many tokens; beyond those that were written, nothing counts."""
-    tokens, logprobs = rolled.tokens[..., :size], rolled.sampler_logprobs[..., :size]
-    return rolled._replace(
-        tokens=_to_length(tokens, size), sampler_logprobs=_to_length(logprobs, size)
-    )
-
-
-def _to_length(array: jax.Array, size: int) -> jax.Array:
-    extra = size - array.shape[-1]
-    return jnp.pad(array, [*((0, 0) for _ in array.shape[:-1]), (0, extra)])
+    """Rollouts whose prompts are in an array of so many tokens, which holds the longest."""
+    prompts = rolled.prompts[:, :size]
+    return rolled._replace(prompts=jnp.pad(prompts, ((0, 0), (0, size - prompts.shape[1]))))

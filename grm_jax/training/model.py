@@ -30,6 +30,7 @@ from grm_jax.models import (
     dtype_name,
     family_config,
     forward,
+    forward_branches,
     init_params,
     merge_lora,
     param_axes,
@@ -370,22 +371,87 @@ def next_token_logprobs(
       `f32[B, S]` twice: at t the log-probability of token t + 1, and the entropy there, without
       gradient, or None. The last column means nothing.
     """
-    shards = mesh.shape["tensor"] if config.vocab_size % mesh.shape["tensor"] == 0 else 1
     hidden, _ = forward(params, config, tokens, length=lengths, segment_ids=segment_ids)
-    compute = functools.partial(
-        token_logprobs,
-        hidden,
-        params["embedding" if config.tie_embeddings else "head"],
-        jnp.roll(tokens, -1, axis=1),
-        temperature=temperature,
-        softcap=config.logit_softcap,
-        chunk=chunk,
-        vocab_shards=shards,
+    compute = _target_logprobs(
+        params, config, mesh, hidden, jnp.roll(tokens, -1, axis=1), temperature, chunk
     )
     if with_entropy:
         logprobs, entropy = compute(with_entropy=True)
         return logprobs, entropy
     return compute(), None
+
+
+def completion_logprobs(
+    params: Params,
+    config: DecoderConfig,
+    prompts: jax.Array,
+    completions: jax.Array,
+    *,
+    lengths: jax.Array,
+    mesh: Mesh,
+    temperature: ArrayLike = 1.0,
+    chunk: int = 4096,
+    with_entropy: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What the model thinks of the tokens of G completions of each prompt, which is read once.
+
+    Args:
+      params: The whole model's parameters.
+      config: The decoder's.
+      prompts: `i32[B, P]`, left-aligned.
+      completions: `i32[B, G, T]`, left-aligned; what fills them up may be any tokens.
+      lengths: `i32[B]`, real tokens of each prompt, at least 1.
+      mesh: As in `next_token_logprobs`, like the rest.
+      temperature: Likewise.
+      chunk: Likewise.
+      with_entropy: Likewise.
+
+    Returns:
+      `f32[B, G, T]` twice: the log-probability of each token, and the entropy of its distribution,
+      without gradient, or None.
+    """
+    # What predicts the first token is the last one of the prompt, so each text begins with it.
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
+    first = jnp.broadcast_to(last[:, None], (*completions.shape[:2], 1))
+    texts = jnp.concatenate([first, completions[..., :-1]], axis=2)
+    hidden = forward_branches(params, config, prompts, texts, length=lengths - 1)
+    rows, shape = len(prompts), completions.shape
+    compute = _target_logprobs(
+        params,
+        config,
+        mesh,
+        hidden.reshape(rows, -1, config.width),
+        completions.reshape(rows, -1),
+        temperature,
+        chunk,
+    )
+    if with_entropy:
+        logprobs, entropy = compute(with_entropy=True)
+        return logprobs.reshape(shape), entropy.reshape(shape)
+    return compute().reshape(shape), None
+
+
+def _target_logprobs(
+    params: Params,
+    config: DecoderConfig,
+    mesh: Mesh,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: ArrayLike,
+    chunk: int,
+) -> Any:
+    """`token_logprobs` with a decoder's own settings."""
+    tensor = mesh.shape["tensor"]
+    return functools.partial(
+        token_logprobs,
+        hidden,
+        params["embedding" if config.tie_embeddings else "head"],
+        targets,
+        temperature=temperature,
+        softcap=config.logit_softcap,
+        chunk=chunk,
+        vocab_shards=tensor if config.vocab_size % tensor == 0 else 1,
+    )
 
 
 def _open_tokenizer(own: str, opened: checkpoints.Checkpoint | None) -> Tokenizer:

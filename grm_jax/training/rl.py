@@ -58,7 +58,8 @@ def default_config() -> ConfigDict:
     )
     config.rollout = ConfigDict(
         {
-            # Rollouts of a prompt; `batch.rows` counts rollouts.
+            # Rollouts of a prompt; `batch.rows` counts rollouts. Where a micro-batch has whole
+            # groups for each device, a prompt is computed once for all of them, else more often.
             "group": 4,
             "temperature": 1.0,
             "max_new_tokens": 512,
@@ -174,7 +175,6 @@ def run(settings: Settings, workdir: Path) -> bool:
             programs,
             maker.pad,
             size=size,
-            new_tokens=rollout.max_new_tokens,
             reference=reference,
         )
     else:

@@ -4,7 +4,7 @@ One compiled program reads the prompts, samples G judgements of each, reads thei
 them by rule. Nothing of it comes to the host but what is logged.
 
 Letters for shapes: `B` prompts, `G` rollouts of each, `N` responses at most, `P` prompt tokens, `T`
-generated tokens, `S = P + T`, `R = B * G` rows.
+generated tokens.
 """
 
 import dataclasses
@@ -77,12 +77,13 @@ class Rolled(NamedTuple):
     """G rollouts of each of B prompts.
 
     Attributes:
-      tokens: `i32[B, G, S]`, prompt and completion without a gap.
+      prompts: `i32[B, P]`.
       prompt_lengths: `i32[B]`.
-      lengths: `i32[B, G]`, tokens of the completion, the end of the turn included.
+      tokens: `i32[B, G, T]`, the completions.
+      lengths: `i32[B, G]`, tokens of them, the end of the turn included.
       stopped: `bool[B, G]`, whether it ended by itself.
-      sampler_logprobs: `f32[B, G, S]`, at t that of token t + 1 under the distribution that was
-        drawn from; 0 outside of completions.
+      sampler_logprobs: `f32[B, G, T]`, of each token under the distribution that was drawn from; 0
+        beyond the last.
       scores: `f32[B, G, N]`, in input order; 0 where unreadable.
       valid: `bool[B, G]`, whether scores were readable.
       outcomes: `f32[B, G]`, +1 or -1 by the rule.
@@ -91,8 +92,9 @@ class Rolled(NamedTuple):
       shown: `i32[B]`, at which place the best response was shown; -1 for single responses.
     """
 
-    tokens: jax.Array
+    prompts: jax.Array
     prompt_lengths: jax.Array
+    tokens: jax.Array
     lengths: jax.Array
     stopped: jax.Array
     sampler_logprobs: jax.Array
@@ -204,14 +206,12 @@ class Completed(NamedTuple):
     """G completions of each of B prompts; see `Rolled`.
 
     Attributes:
-      written: `i32[B, G, T]`, what was generated, without the prompt.
-      tokens: `i32[B, G, S]`.
+      tokens: `i32[B, G, T]`.
       lengths: `i32[B, G]`.
       stopped: `bool[B, G]`.
-      sampler_logprobs: `f32[B, G, S]`.
+      sampler_logprobs: `f32[B, G, T]`.
     """
 
-    written: jax.Array
     tokens: jax.Array
     lengths: jax.Array
     stopped: jax.Array
@@ -234,7 +234,7 @@ def make_completer(
     temperature: float,
     max_new_tokens: int,
 ) -> Completer:
-    """Makes the program that samples completions as a learner reads them.
+    """Makes the program that samples completions.
 
     Args:
       config: The decoder's, as it learns.
@@ -266,10 +266,9 @@ def make_completer(
             loop, params = cpu_decoder(plain, params)
             reading = dataclasses.replace(loop, weights_first=False)
         tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-        rows, size = tokens.shape
         prefix = prefill(params, reading, tokens, lengths - 1)
         last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-        keys = jax.random.split(key, (rows, group))
+        keys = jax.random.split(key, (len(tokens), group))
         out = decode(
             params,
             loop,
@@ -285,18 +284,12 @@ def make_completer(
             eos_ids=eos_ids,
             capacity=max_new_tokens,
         )
-        # Completions follow their prompts without a gap, as a learner reads them.
-        at = jnp.arange(size + max_new_tokens) - lengths[:, None, None]
-        wide = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))[:, None]
-        own = _shifted(out.tokens, at)
-        drawn = _shifted(out.sampled_logprobs, at + 1)
-        inside = (at + 1 >= 0) & (at + 1 < out.length[..., None])
+        written = jnp.arange(max_new_tokens) < out.length[..., None]
         return Completed(
-            written=out.tokens,
-            tokens=jnp.where(at < 0, wide, own),
+            tokens=out.tokens,
             lengths=out.length,
             stopped=out.stopped,
-            sampler_logprobs=jnp.where(inside, drawn, 0.0),
+            sampler_logprobs=jnp.where(written, out.sampled_logprobs, 0.0),
         )
 
     return completer
@@ -332,7 +325,7 @@ def make_sampler(
     def sampler(params: Params, tasks: Tasks, key: jax.Array) -> Rolled:
         usable = jnp.asarray(tasks.answers) >= 0
         out = completer(params, tasks.tokens, tasks.lengths, usable, key)
-        said = judge_rollouts(out.written, out.lengths - out.stopped, tasks, table, settings)
+        said = judge_rollouts(out.tokens, out.lengths - out.stopped, tasks, table, settings)
         rewards = said.outcomes
         if settings.overlong_buffer:
             rewards = rewards + overlong_penalty(
@@ -342,8 +335,9 @@ def make_sampler(
                 scale=settings.overlong_scale,
             )
         return Rolled(
-            tokens=out.tokens,
+            prompts=jnp.asarray(tasks.tokens),
             prompt_lengths=jnp.asarray(tasks.lengths),
+            tokens=out.tokens,
             lengths=out.lengths,
             stopped=out.stopped,
             sampler_logprobs=out.sampler_logprobs,
@@ -412,9 +406,3 @@ def judge_rollouts(
         ),
         shown=jnp.where((counts > 1) & (answers >= 0), place[:, None], -1)[:, 0],
     )
-
-
-def _shifted(values: jax.Array, at: jax.Array) -> jax.Array:
-    """`values [B, G, T]` at the places `i32[B, 1, S]`; what lies outside means nothing."""
-    at = jnp.clip(at, 0, values.shape[-1] - 1)
-    return jnp.take_along_axis(values, jnp.broadcast_to(at, (*values.shape[:2], at.shape[-1])), -1)

@@ -46,6 +46,24 @@ def test_products_by_hand() -> None:
     assert flops(CONFIG, Work((), decoded)) == 2 * 5 * 2 * 4 * each
 
 
+def test_branches_by_hand() -> None:
+    """Two texts of 600 tokens behind each prompt of 10: two blocks of queries."""
+    kernels = 3 * (8 * 4 * (2 + 1 + 1 + 2) + 3 * 8 * 16)
+    pairs = 10 * 10 + 2 * (600 * 10 + 512 * 512 + 88 * 600)
+    scores = 3 * pairs * 2 * (4 + 4)
+    one = Pass(rows=5, length=10, logits=True, branches=2, behind=600)
+    assert one.tokens == 1210
+    logits = 1200 * 8 * 100
+    assert flops(CONFIG, Work((one,))) == 2 * 5 * (1210 * kernels + scores + logits)
+    learns = Work((one._replace(learns=True),))
+    wanted = 2 * 5 * (3 * 1210 * kernels + 4 * scores + 4 * logits)
+    assert flops(CONFIG, learns) == wanted
+    # On TPUs it is a kernel of blocks of 128 that reads the prompt.
+    assert flops(CONFIG, learns, "tpu") == wanted + 2 * 5 * 3 * 16 * (4.5 * 128**2 - 4 * 10**2)
+    seen = 3 * (55 + 2 * (600 * 10 + 600 * 601 // 2)) * 2 * (4 + 4)
+    assert model_flops(CONFIG, Work((one,))) == 2 * 5 * (1210 * kernels + seen + logits)
+
+
 def test_attention_on_tpus() -> None:
     """Splash attention leaves out blocks of 512 in which nothing is seen."""
     rows, length, heads, size = 6, 2048, 4, 128

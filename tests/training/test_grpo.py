@@ -27,7 +27,7 @@ from grm_jax.training.grpo import (
 from grm_jax.training.learner import Learner, make_learner
 from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.rollouts import Rolled, Task, TaskMaker, Tasks
-from tests.training import tiny
+from tests.training import plain, tiny
 
 LOSS = LossSettings(
     clip=0.2,
@@ -61,11 +61,12 @@ def rolled(rewards: list[list[float]], usable: list[bool] | None = None) -> Roll
     lengths = np.broadcast_to(1 + np.arange(each) % 2, shape).astype(np.int32)
     right = np.asarray(rewards) > 0
     return Rolled(
-        tokens=jnp.arange(groups * each * 7).reshape(groups, each, 7),
+        prompts=jnp.arange(groups * 3).reshape(groups, 3),
         prompt_lengths=jnp.asarray(starts),
+        tokens=jnp.arange(groups * each * 4).reshape(groups, each, 4),
         lengths=jnp.asarray(lengths),
         stopped=jnp.asarray(lengths < 2),
-        sampler_logprobs=jnp.zeros((groups, each, 7)),
+        sampler_logprobs=jnp.zeros((groups, each, 4)),
         scores=jnp.where(jnp.asarray(right)[..., None], jnp.array([3.0, 9]), jnp.array([5.0, 5])),
         valid=jnp.asarray(np.asarray(rewards) > -3),
         outcomes=jnp.where(jnp.asarray(right), 1.0, -1.0),
@@ -76,16 +77,16 @@ def rolled(rewards: list[list[float]], usable: list[bool] | None = None) -> Roll
 
 
 def test_experience_by_hand() -> None:
-    batch, metrics = to_experience(
-        rolled([[1, -1, -1, -1], [1, 1, 1, 1], [-1, -1, -3, -1]], [True, True, False]),
-        LOSS,
-        accumulate=2,
-    )
-    assert batch.tokens.shape == (2, 6, 7)
-    flat = batch.mask.reshape(12, 7)
-    # Position t predicts token t + 1: a prompt of 2 and a completion of 2 are learnt at 1 and 2.
-    np.testing.assert_array_equal(np.flatnonzero(flat[1]), [1, 2])
-    np.testing.assert_array_equal(np.flatnonzero(flat[4]), [2])
+    given = rolled([[1, -1, -1, -1], [1, 1, 1, 1], [-1, -1, -3, -1]], [True, True, False])
+    batch, metrics = to_experience(given, LOSS, accumulate=2, together=2)
+    # Three groups in two micro-batches: half of each group is behind a prompt of its own.
+    assert batch.tokens.shape == (2, 3, 2, 4)
+    np.testing.assert_array_equal(batch.tokens.reshape(3, 4, 4), given.tokens)
+    np.testing.assert_array_equal(batch.prompts[:, :, 0], [[0, 0, 3], [3, 6, 6]])
+    np.testing.assert_array_equal(batch.prompt_lengths, [[2, 2, 3], [3, 2, 2]])
+    flat = batch.mask.reshape(12, 4)
+    np.testing.assert_array_equal(np.flatnonzero(flat[1]), [0, 1])
+    np.testing.assert_array_equal(np.flatnonzero(flat[4]), [0])
     assert not flat[8:].any()
     np.testing.assert_allclose(
         batch.advantages.reshape(3, 4)[:2],
@@ -111,9 +112,9 @@ def test_experience_by_hand() -> None:
 
 def test_uniform_groups_can_be_left_out() -> None:
     settings = dataclasses.replace(LOSS, drop_uniform=True)
-    batch, _ = to_experience(rolled([[1, -1], [1, 1]]), settings, accumulate=1)
-    assert batch.mask[0, :2].any(axis=-1).all()
-    assert not batch.mask[0, 2:].any()
+    batch, _ = to_experience(rolled([[1, -1], [1, 1]]), settings, accumulate=1, together=2)
+    assert batch.mask[0, 0].any(axis=-1).all()
+    assert not batch.mask[0, 1].any()
 
 
 def test_groups_that_teach_take_the_place_of_those_that_do_not() -> None:
@@ -122,15 +123,14 @@ def test_groups_that_teach_take_the_place_of_those_that_do_not() -> None:
     assert int(useful) == 1
     np.testing.assert_array_equal(kept.rewards, [[1, -1], [1, 1], [-1, -1]])
     second = rolled([[-1, 1], [1, 1], [-1, 1]], [True, True, False])
-    wide = second._replace(
-        tokens=jnp.pad(second.tokens, ((0, 0), (0, 0), (0, 2))),
-        sampler_logprobs=jnp.pad(second.sampler_logprobs, ((0, 0), (0, 0), (0, 2))),
-    )
+    wide = second._replace(prompts=jnp.pad(second.prompts + 9, ((0, 0), (0, 2))))
     kept, useful = choose(wide, kept)
     assert int(useful) == 2
     np.testing.assert_array_equal(kept.rewards, [[1, -1], [-1, 1], [1, 1]])
-    assert kept.tokens.shape == (3, 2, 9)
-    np.testing.assert_array_equal(kept.tokens[0, :, :7], first.tokens[1])
+    np.testing.assert_array_equal(
+        kept.prompts, [[3, 4, 5, 0, 0], [9, 10, 11, 0, 0], [0, 1, 2, 0, 0]]
+    )
+    np.testing.assert_array_equal(kept.tokens[0], first.tokens[1])
     np.testing.assert_array_equal(kept.tokens[1], wide.tokens[0])
 
 
@@ -156,7 +156,7 @@ def test_a_short_batch_is_filled_up(rounds: int, tasks: int, answers: list[list[
     def learn_from(
         state: object, found: Rolled, reference: object
     ) -> tuple[Experience, dict[str, jax.Array]]:
-        return to_experience(found, LOSS, accumulate=1)
+        return to_experience(found, LOSS, accumulate=1, together=2)
 
     mesh = make_mesh({}, jax.devices()[:1])
     learner = Learner(
@@ -197,21 +197,21 @@ EPSILON = 1e-3
 def torch_step(folder: Path, batch: Experience, beta: float, rate: float) -> dict[str, np.ndarray]:
     """One update by PyTorch: eq 15 written out, with the clip and the divergence, and AdamW."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = torch.from_numpy(np.array(batch.tokens[0])).long()
-    mask = torch.from_numpy(np.array(batch.mask[0]))
-    advantages = torch.from_numpy(np.array(batch.advantages[0]))
+    rows = plain.rows(jax.tree.map(lambda leaf: leaf[0], batch))
+    tokens, time = torch.from_numpy(rows.tokens).long(), batch.tokens.shape[-1]
+    mask = torch.from_numpy(np.array(batch.mask).reshape(-1, time))
+    advantages = torch.from_numpy(np.array(batch.advantages).ravel())
     place = torch.arange(tokens.shape[1])
-    seen = place[None] < torch.from_numpy(np.array(batch.lengths[0]))[:, None]
+    seen = place[None] < torch.from_numpy(rows.lengths)[:, None]
     logits = model(tokens, attention_mask=seen.long()).logits
     picked = torch.log_softmax(logits, -1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
-    old, ref = picked.detach(), torch.from_numpy(np.array(batch.ref_logprobs[0]))[:, :-1]
-    mask = mask[:, :-1]
+    picked = picked.gather(1, torch.from_numpy(rows.places).long())
+    old, ref = picked.detach(), torch.from_numpy(np.array(batch.ref_logprobs).reshape(-1, time))
     ratio = torch.exp(picked - old)
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
     divergence = torch.exp(ref - picked) - (ref - picked) - 1
     per_token = torch.where(mask, -(gain - beta * divergence), torch.zeros(()))
-    rows = mask.any(-1)
-    loss = ((per_token.sum(-1) / mask.sum(-1).clamp(min=1))[rows]).mean()
+    loss = ((per_token.sum(-1) / mask.sum(-1).clamp(min=1))[mask.any(-1)]).mean()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=rate, betas=(0.9, 0.95), eps=EPSILON, weight_decay=0.0
     )
@@ -223,25 +223,13 @@ def torch_step(folder: Path, batch: Experience, beta: float, rate: float) -> dic
 
 def test_a_whole_step_equals_that_of_pytorch(tmp_path: Path) -> None:
     """Of a decoder of two layers, whose reference is another model."""
-    rng = np.random.default_rng(0)
     save_folder(tmp_path / "before", tiny.CONFIG, tiny.random_params())
-    lengths = rng.integers(8, 13, (1, 8)).astype(np.int32)
-    starts = rng.integers(2, 6, (1, 8, 1))
-    place = np.arange(12) + 1
-    batch = Experience(
-        tokens=rng.integers(0, tiny.CONFIG.vocab_size, (1, 8, 12)).astype(np.int32),
-        lengths=lengths,
-        mask=(place >= starts) & (place < lengths[..., None]) & (np.arange(8) != 5)[:, None],
-        sampler_logprobs=np.zeros((1, 8, 12), np.float32),
-        advantages=rng.normal(size=(1, 8)).astype(np.float32),
-        old_logprobs=None,
-        ref_logprobs=(-rng.gamma(2, 1, (1, 8, 12))).astype(np.float32),
-    )
+    batch = plain.experience(tiny.CONFIG.vocab_size)._replace(old_logprobs=None)
     mesh = make_mesh(devices=jax.devices()[:1])
     settings = dataclasses.replace(LOSS, beta=0.1)
     learner = make_learner(
         make_loss(tiny.CONFIG, mesh, settings, chunk=16),
-        lambda batch: loss_denominator(batch.mask.reshape(-1, 12), aggregate="sequence"),
+        lambda batch: loss_denominator(batch.mask.reshape(-1, 7), aggregate="sequence"),
         make_optimizer(tiny.settings(optimizer__learning_rate=1e-2, optimizer__eps=EPSILON)),
         params=tiny.placed(tiny.CONFIG, mesh),
         frozen={},

@@ -101,8 +101,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_another_mesh_learns_the_same(folder: Path, whole: Path, tmp_path: Path) -> None:
-    found = run(folder, tmp_path, steps=3, mesh__fsdp=4, mesh__tensor=2, batch__accumulate=2)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh__fsdp": 4, "mesh__tensor": 2, "batch__accumulate": 2},
+        # A device has two rows of a micro-batch, so that a prompt is computed for two at a time.
+        {"batch__accumulate": 2},
+    ],
+)
+def test_another_mesh_learns_the_same(
+    folder: Path, whole: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    found = run(folder, tmp_path, steps=3, **changes)
     for ours, theirs, rel in zip(found, lines(whole), (1e-5, 1e-2, 1e-2), strict=False):
         for name in ("reward", "loss", "grad_norm", "entropy", "kl"):
             assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-6), name

@@ -13,7 +13,7 @@ from grm_jax.data import BestLabel, Comparison, PointwiseLabel
 from grm_jax.distributed import make_mesh
 from grm_jax.prompts import load_template
 from grm_jax.prompts.nano import nano_tokenizer
-from grm_jax.training.model import next_token_logprobs
+from grm_jax.training.model import completion_logprobs
 from grm_jax.training.rollouts import (
     Rolled,
     RolloutSettings,
@@ -144,38 +144,34 @@ def rolled() -> tuple[Rolled, list[list[int]]]:
     return jax.device_get(sampler(tiny.random_params(CONFIG), tasks, jax.random.key(0))), prompts
 
 
-def test_completions_follow_their_prompts(rolled: tuple[Rolled, list[list[int]]]) -> None:
+def test_completions_end_once(rolled: tuple[Rolled, list[list[int]]]) -> None:
     found, prompts = rolled
-    assert found.tokens.shape == (3, 2, 8 + 10)
+    assert found.tokens.shape == (3, 2, 10)
     for row, prompt in enumerate(prompts[:2]):
+        assert found.prompts[row, : found.prompt_lengths[row]].tolist() == prompt
         for column in range(2):
             size = int(found.lengths[row, column])
             assert 1 <= size <= 10
-            assert found.tokens[row, column, : len(prompt)].tolist() == prompt
-            ends = int(found.tokens[row, column, len(prompt) + size - 1]) in TOKENIZER.eos_ids
+            ended = [token in TOKENIZER.eos_ids for token in found.tokens[row, column].tolist()]
+            assert not any(ended[: size - 1])
+            ends = ended[size - 1]
             assert ends == bool(found.stopped[row, column])
     assert found.usable.tolist() == [True, True, False]
     assert len({tuple(row) for row in found.tokens[0].tolist()}) == 2
 
 
 def test_sampler_and_learner_agree(rolled: tuple[Rolled, list[list[int]]]) -> None:
-    found, prompts = rolled
-    mesh = make_mesh(devices=jax.devices()[:1])
-    for row, prompt in enumerate(prompts[:2]):
-        lengths = len(prompt) + found.lengths[row]
-        logprobs, entropy = next_token_logprobs(
-            jax.tree.map(jnp.asarray, tiny.random_params(CONFIG)),
-            CONFIG,
-            jnp.asarray(found.tokens[row]),
-            lengths=jnp.asarray(lengths),
-            mesh=mesh,
-            temperature=SETTINGS.temperature,
-        )
-        assert entropy is None
-        for column, size in enumerate(found.lengths[row]):
-            inside = slice(len(prompt) - 1, len(prompt) - 1 + int(size))
-            np.testing.assert_allclose(
-                found.sampler_logprobs[row, column, inside], logprobs[column, inside], atol=1e-4
-            )
-            outside = np.delete(found.sampler_logprobs[row, column], np.r_[inside])
-            assert not outside.any()
+    found, _ = rolled
+    logprobs, entropy = completion_logprobs(
+        jax.tree.map(jnp.asarray, tiny.random_params(CONFIG)),
+        CONFIG,
+        jnp.asarray(found.prompts),
+        jnp.asarray(found.tokens),
+        lengths=jnp.asarray(found.prompt_lengths),
+        mesh=make_mesh(devices=jax.devices()[:1]),
+        temperature=SETTINGS.temperature,
+    )
+    assert entropy is None
+    written = (np.arange(10) < found.lengths[..., None]) & found.usable[:, None, None]
+    np.testing.assert_allclose(found.sampler_logprobs[written], logprobs[written], atol=1e-4)
+    assert not found.sampler_logprobs[~written].any()
