@@ -67,7 +67,9 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         program = "from grm_jax.cli.main import main; raise SystemExit(main())"
         flags = ["--model", args.model, "--port", str(port), "--samples", str(args.samples)]
-        flags += ["--max-new-tokens", str(args.max_new_tokens), "--constrain", *args.serve]
+        flags += ["--max-new-tokens", str(args.max_new_tokens), "--constrain"]
+        # What is measured is the model by itself, whatever adapters come with the package.
+        flags += ["--adapter", "none", *args.serve]
         self.process = subprocess.Popen([sys.executable, "-c", program, "serve", *flags])
 
     def wait(self) -> None:
