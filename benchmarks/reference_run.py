@@ -29,10 +29,12 @@ from benchmarks.reference_data import prepare
 from benchmarks.reference_report import STORED, report, stored_path
 from grm_jax.data import LineWriter
 from grm_jax.evaluation.benchmarks import load_benchmark
-from grm_jax.evaluation.judging import open_judge
+from grm_jax.evaluation.judging import Judging, open_judge
 
 HERE = Path(__file__).parent
 LONGEST, NEW_TOKENS, SAMPLES = 512, 64, 32
+ROWS = 2048
+"""Of a batch that is decoded, on an accelerator."""
 NAME = "smollm2-135m"
 
 _KEPT = ("order", "scores", "meta", "logprob", "finish")
@@ -161,45 +163,49 @@ def judge(
 ) -> None:
     """Judges what is missing, greedily and by sampling."""
     one = JUDGES[name]
-    folder = str(workdir / one.folder) if one.folder else None
-    classifier = one.kind != "grm"
-    meta = workdir / "main/meta/model"
-    for sampled in (False, True) if one.sampled else (False,):
-        settings: dict[str, Any] = {
-            "samples": (4 if short else SAMPLES) if sampled else 1,
-            "temperature": 1.0 if sampled else 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_new_tokens": NEW_TOKENS,
-            "orders": "shuffle",
-            "scores": "sampled",
-            "constrain": one.constrain,
-            "template": "compact",
-            "meta_model": str(meta) if sampled and one.meta else None,
-            "k_meta": None,
-            "adaptive": False,
-            "seed": 0,
-        }
-        judging = None
-        for part in sets:
-            comparisons = _open(part, workdir, benchmarks)[: 4 if short else None]
-            file = workdir / "judged" / part / f"{name}.{'sampled' if sampled else 'greedy'}.jsonl"
+    ways = {"greedy": 1, "sampled": 4 if short else SAMPLES}
+    judging: dict[str, Judging] = {}
+    for part in sets:
+        comparisons = _open(part, workdir, benchmarks)[: 4 if short else None]
+        for how in ways if one.sampled else ("greedy",):
+            settings = _settings(one, workdir, samples=ways[how])
+            file = workdir / "judged" / part / f"{name}.{how}.jsonl"
             with LineWriter.open(file, settings | {"judge": name, "folder": one.folder}) as writer:
                 rest = comparisons[len(writer.done) :]
-                if rest and judging is None:
-                    model, adapter = (str(folder), None) if classifier else (NAME, folder)
-                    given = settings if short or classifier else settings | {"batch_rows": 2048}
-                    _, judging = open_judge(
-                        one.kind, model, adapter=adapter, critic=None, settings=given
-                    )
                 began = time.perf_counter()
-                for judgement in judging(rest) if judging is not None and rest else ():
+                if rest and how not in judging:
+                    rows = {} if short else {"batch_rows": ROWS}
+                    judging[how] = _load(one, workdir, settings | rows)
+                for judgement in judging[how](rest) if rest else ():
                     writer.write(judgement.to_record())
-            print(
-                f"{name} {part} {settings['samples']}: {len(rest)} in "
-                f"{time.perf_counter() - began:.1f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - began
+            print(f"{name} {part} {how}: {len(rest)} in {seconds:.1f} s", flush=True)
+
+
+def _settings(one: Judge, workdir: Path, *, samples: int) -> dict[str, Any]:
+    """Of `open_judge`; greedy if there is one sample."""
+    return {
+        "samples": samples,
+        "temperature": 1.0 if samples > 1 else 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_new_tokens": NEW_TOKENS,
+        "orders": "shuffle",
+        "scores": "sampled",
+        "constrain": one.constrain,
+        "template": "compact",
+        "meta_model": str(workdir / "main/meta/model") if samples > 1 and one.meta else None,
+        "k_meta": None,
+        "adaptive": False,
+        "seed": 0,
+    }
+
+
+def _load(one: Judge, workdir: Path, settings: dict[str, Any]) -> Judging:
+    folder = str(workdir / one.folder) if one.folder else None
+    if one.kind == "grm":
+        return open_judge("grm", NAME, adapter=folder, critic=None, settings=settings)[1]
+    return open_judge(one.kind, str(folder), adapter=None, critic=None, settings=settings)[1]
 
 
 def store(workdir: Path) -> None:

@@ -82,7 +82,7 @@ def _rl(folder: str) -> ConfigDict:
     config.data.max_responses = 2
     config.rollout.max_new_tokens = JUDGEMENT
     config.rollout.group = 8
-    config.batch.rows, config.batch.accumulate = 512, 4
+    config.batch.rows, config.batch.accumulate = 512, 2
     config.vocab_chunk = CHUNK
     config.steps = 150
     config.loss.beta = 0.01
