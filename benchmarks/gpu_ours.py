@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import platform
 import runpy
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 
 from grm_jax.checkpoints.hub_config import config_from_hub
 from grm_jax.distributed import make_mesh, on_mesh
-from grm_jax.models import abstract_params, cpu_decoder, layer_of
+from grm_jax.models import DecoderConfig, Segment, abstract_params, cpu_decoder, layer_of
 from grm_jax.plan import build_stage, parse_topology, stage_configs
 from grm_jax.plan.compiling import plan_program
 from grm_jax.plan.work import Decoded, Pass, Work, flops, model_flops
@@ -68,21 +68,35 @@ def filled(target: TrainState) -> TrainState:
     return TrainState(**fields)
 
 
-def build(bench: "Bench", function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
-    """A jitted function compiled, the seconds that took, and GiB of all that it needs."""
+class Built(NamedTuple):
+    """A program; the seconds that compiling took beside others, and GiB of all that it needs."""
+
+    call: Any
+    facts: dict[str, float]
+
+
+def build(bench: "Bench", *lowered: Any) -> list[Callable[[], Built]]:
+    """Compiles programs side by side; each is had, or its error raised, where it is called for."""
     bench.check()
-    began = time.perf_counter()
-    compiled = function.lower(*args).compile()
-    m = compiled.memory_analysis()
-    size = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    gib = (size + m.temp_size_in_bytes) / 2**30
-    return compiled, {"compile": time.perf_counter() - began, "gib": gib}
+
+    def one(program: Any) -> Built:
+        began = time.perf_counter()
+        compiled = program.compile()
+        m = compiled.memory_analysis()
+        size = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        gib = (size + m.temp_size_in_bytes) / 2**30
+        return Built(compiled, {"compile": time.perf_counter() - began, "gib": gib})
+
+    with ThreadPoolExecutor(len(lowered)) as pool:
+        found = [pool.submit(one, program) for program in lowered]
+    return [functools.partial(one.result, None) for one in found]
 
 
 def peak() -> dict[str, float]:
-    """GiB of the device that were in use at most since the process began, where it says so."""
+    """GiB of the device that were in use at most since the process began, where it counts them."""
     stats = jax.devices()[0].memory_stats() or {}
-    return {k: stats[k] / 2**30 for k in ("peak_bytes_in_use", "bytes_limit") if k in stats}
+    found = stats.get("peak_bytes_in_use")
+    return {} if found is None else {"peak_gib": found / 2**30}
 
 
 def waited(run: Callable[[], object]) -> Callable[[], object]:
@@ -96,87 +110,94 @@ def ceilings(bench: "Bench", section: str) -> None:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         driver = "none"
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "none"
-
-    versions = {name: version(name) for name in ("jax", "torch", "transformers")}
     card, python = jax.devices()[0].device_kind, platform.python_version()
-    bench.keep("machine", card=card, driver=driver, python=python, **versions)
+    bench.keep("machine", card=card, driver=driver, python=python, jax=jax.__version__)
     numbers = fill(jax.ShapeDtypeStruct((2**15 if bench.quick else 2**30,), jnp.float32))
-    copy, _ = build(bench, jax.jit(jnp.negative), numbers)
-    taken = bench.time(waited(lambda: [copy(numbers) for _ in range(4)]))
-    bench.keep(section, speed=4 * 2 * numbers.nbytes / taken["seconds"])
     size = 128 if bench.quick else 8192
     pair = fill([jax.ShapeDtypeStruct((size, size), jnp.bfloat16)] * 2)
-    times, _ = build(bench, jax.jit(jnp.matmul), *pair)
+    programs = jax.jit(jnp.negative).lower(numbers), jax.jit(jnp.matmul).lower(*pair)
+    copy, times = (program().call for program in build(bench, *programs))
+    taken = bench.time(waited(lambda: [copy(numbers) for _ in range(4)]))
+    bench.keep(section, speed=4 * 2 * numbers.nbytes / taken["seconds"])
     taken = bench.time(waited(lambda: [times(*pair) for _ in range(16)]))
     bench.keep(section, flops=16 * 2 * size**3 / taken["seconds"])
 
 
-def decoding(
-    bench: "Bench", section: str, name: str, *, few: bool = False, apart: bool = False
-) -> None:
-    """Reading prompts, then all samples in one loop; `apart`: with each layer written out."""
+def decoding(bench: "Bench", section: str, name: str, *, few: bool = False) -> None:
+    """Reading prompts, then all samples in one loop, over stacked layers and with each apart.
+
+    The second form is what `cpu_decoder` makes, but for the order of products.
+    """
     s = bench.sizes
     prompts = s.few if few else s.prompts
     config = dataclasses.replace(config_from_hub(bench.shape(name), name), dtype="bfloat16")
     params = fill(abstract_params(config, jnp.bfloat16))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     tokens = jax.random.randint(jax.random.key(1), (prompts, s.prompt), 3, config.vocab_size)
-    lengths = jnp.full(prompts, s.prompt, jnp.int32)
-    held = jnp.dtype(jnp.bfloat16).itemsize * config.cache_width
+    lengths, last = jnp.full(prompts, s.prompt, jnp.int32), tokens[:, -1]
+    keys = jax.random.split(jax.random.key(2), (prompts, s.samples))
+    controls = Controls(jnp.float32(1), jnp.float32(1), jnp.int32(s.new))
 
-    def reading(params: Any, tokens: jax.Array, lengths: jax.Array) -> Any:
+    def reading(params: Any, tokens: jax.Array, lengths: jax.Array) -> Segment:
         return prefill(params, config, tokens, lengths)
 
-    read, built = build(bench, jax.jit(reading), params, tokens, lengths)
-    if not (few or apart):
+    def unstacked(params: Any, prefix: Segment) -> tuple[Any, Segment]:
+        keys, values = (
+            tuple(layer_of(stacks, config, layer) for layer in range(config.num_layers))
+            for stacks in (prefix.keys, prefix.values)
+        )
+        return cpu_decoder(config, params)[1], prefix._replace(keys=keys, values=values)
+
+    def writer(loop: DecoderConfig, *model: Any) -> Any:
+        def writing(params: Any, prefix: Segment, *rest: Any) -> Any:
+            return decode(params, loop, prefix, *rest, eos_ids=(), capacity=s.new)
+
+        return jax.jit(writing).lower(*model, last, keys, controls)
+
+    prefix: Any = jax.eval_shape(reading, params, tokens, lengths)
+    read, unstack, *writes = build(
+        bench,
+        jax.jit(reading).lower(params, tokens, lengths),
+        jax.jit(unstacked).lower(params, prefix),
+        writer(config, params, prefix),
+        writer(
+            dataclasses.replace(config, scan_layers=False),
+            *jax.eval_shape(unstacked, params, prefix),
+        ),
+    )
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    held = jnp.dtype(config.dtype).itemsize * config.cache_width
+    if not few:
         work = Work((Pass(rows=prompts, length=s.prompt, cached=True),))
         bench.keep(
             f"{section}, prefill",
             what=f"{prompts} prompts of {s.prompt} tokens",
             tokens=tokens.size,
-            **built,
+            **read().facts,
             **bench.bound(model_flops(config, work), weights + tokens.size * held),
-            **bench.time(waited(lambda: read(params, tokens, lengths))),
+            **bench.time(waited(lambda: read().call(params, tokens, lengths))),
             **peak(),
         )
-    prefix, loop = read(params, tokens, lengths), config
-    if apart:
-        loop, params = cpu_decoder(config, params)
-        loop = dataclasses.replace(loop, weights_first=False)
-        layers = range(config.num_layers)
-        parts = [[layer_of(kv, config, i) for i in layers] for kv in (prefix.keys, prefix.values)]
-        prefix = prefix._replace(keys=tuple(parts[0]), values=tuple(parts[1]))
-    keys = jax.random.split(jax.random.key(2), (prompts, s.samples))
-
-    def writing(params: Any, prefix: Any, last: Any, keys: Any, controls: Controls) -> Any:
-        return decode(params, loop, prefix, last, keys, controls, eos_ids=(), capacity=s.new)
-
-    given = params, prefix, tokens[:, -1], keys
-    controls = Controls(jnp.float32(1), jnp.float32(1), jnp.int32(s.new))
-    write, built = build(bench, jax.jit(writing), *given, controls)
-    rows = prompts * s.samples
+    prefix, rows = read().call(params, tokens, lengths), prompts * s.samples
     # The mean step: samples are half as long as they get.
     each = Decoded(prompts=prompts, samples=s.samples, prompt=s.prompt + s.new // 2, tokens=1)
     used = weights if config.tie_embeddings else weights - params["embedding"].nbytes
     moved = used + held * (tokens.size + rows * s.new / 2)
-    bench.keep(
-        section,
-        what=f"{prompts} x {s.samples} samples of {s.new} tokens",
-        tokens=rows * s.new,
-        steps=s.new,
-        **built,
-        **bench.bound(s.new * flops(config, Work((), each)), s.new * moved),
-        **bench.time(waited(lambda: write(*given, controls)), repeats=3),
-        **peak(),
-    )
-    short = controls._replace(max_new_tokens=jnp.int32(4))
-    traced(bench, section, waited(lambda: write(*given, short)))
+    for form, write in zip(("", ", layers apart"), writes, strict=True):
+        if form:
+            params, prefix = unstack().call(params, prefix)
+        run = functools.partial(write().call, params, prefix, last, keys)
+        short = waited(functools.partial(run, controls._replace(max_new_tokens=jnp.int32(4))))
+        bench.keep(
+            section + form,
+            what=f"{prompts} x {s.samples} samples of {s.new} tokens",
+            tokens=rows * s.new,
+            steps=s.new,
+            **write().facts,
+            **bench.bound(s.new * flops(config, Work((), each)), s.new * moved),
+            **bench.time(waited(functools.partial(run, controls)), repeats=3, first=short),
+            **peak(),
+        )
+        traced(bench, section + form, short)
 
 
 def training(bench: "Bench", section: str, name: str, *, lora: int) -> None:
@@ -205,7 +226,9 @@ def training(bench: "Bench", section: str, name: str, *, lora: int) -> None:
     batch = learner.place((tokens, np.full(s.rows, s.length, np.int32)))
     state = filled(learner.target)
     with learner.here():
-        step, built = build(bench, learner.step, state, batch)
+        jitted: Any = learner.step
+        (built,) = build(bench, jitted.lower(state, batch))
+        step, facts = built()
 
         def run() -> Any:
             nonlocal state
@@ -220,7 +243,7 @@ def training(bench: "Bench", section: str, name: str, *, lora: int) -> None:
             section,
             what=f"{s.rows} rows of {s.length} tokens, {how}",
             tokens=tokens.size,
-            **built,
+            **facts,
             **bench.bound(model_flops(config, work), moved),
             **bench.time(waited(run)),
             **peak(),
@@ -244,25 +267,29 @@ def reinforcement(bench: "Bench", section: str) -> None:
     stage = build_stage("rl", stage_configs(config)["rl"], mesh, platform="gpu")
     state, reference = filled(stage.held[0]), fill(stage.held[1])
     shapes: dict[str, Any] = {}
+    plans = []
     out: dict[str, Any] = {}
     total = {"seconds": 0.0, "bound": 0.0}
-    for step in stage.steps:
-        program = step(shapes)
-        with on_mesh(mesh):
+    with on_mesh(mesh):
+        for step in stage.steps:
+            program = step(shapes)
             planned, shapes[program.name] = plan_program(program, stage, topology)
+            plans.append((program, planned))
+        waiting = build(bench, *(p.function.lower(*p.arguments) for p, _ in plans))
+        tasks = place_rows(_tasks(plans[0][0].arguments[1], stage.config.vocab_size), mesh)
+        for (program, planned), built in zip(plans, waiting, strict=True):
             if program.name == "rollout":
-                tasks = _tasks(program.arguments[1], stage.config.vocab_size)
                 lent = Lent(state.model, state.key, state.step)
-                given: Any = (lent, place_rows(tasks, mesh), np.int32(0))
+                given: Any = (lent, tasks, np.int32(0))
             elif program.name == "experience":
                 given = (state, out["rollout"], reference)
             else:
                 given = (state, out["experience"][0])
-            function, built = build(bench, program.function, *given)
+            call, facts = built()
 
-            def run(function: Any = function, name: str = program.name) -> Any:
+            def run(call: Any = call, name: str = program.name) -> Any:
                 nonlocal given
-                out[name] = function(*given)
+                out[name] = call(*given)
                 if name == "update":  # which takes the state's memory
                     given = (out[name][0], given[1])
                 return out[name]
@@ -274,7 +301,7 @@ def reinforcement(bench: "Bench", section: str) -> None:
                 f"{section}, {program.name}",
                 what=f"{s.rollouts} rollouts of {s.prompt} + {s.rollout_new} tokens",
                 tokens=program.tokens,
-                **built,
+                **facts,
                 flops=planned.model_flops,
                 moved=planned.moved,
                 bound=planned.bound.seconds,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def peer(bench: "Bench", section: str, name: str, *, lora: int) -> None:
     moves half the bytes that float32 would take.
     """
     s, cuda = bench.sizes, torch.cuda.is_available()
+    bench.keep("machine", torch=torch.__version__, transformers=transformers.__version__)
     kind = "eager" if name.startswith("Gemma") else "sdpa"
     shape = bench.shape(name)
     config: Any = AutoConfig.for_model(shape.pop("model_type"), **shape)

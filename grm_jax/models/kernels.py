@@ -132,7 +132,9 @@ def _attend(
             interpreted = _per_device(functools.partial(tpu, interpret=True))
             return jax.lax.platform_dependent(*operands, cpu=interpreted, default=_per_device(tpu))
         case "cudnn":
-            return _per_device(cuda)(*operands) if fits_cudnn() else plain(*operands)
+            if not fits_cudnn():
+                return plain(*operands)
+            return jax.lax.platform_dependent(*operands, cuda=_per_device(cuda), default=plain)
         case _:
             raise UsageError(
                 f"attention implementation {implementation!r} does not exist; it can be 'xla', "

@@ -317,8 +317,15 @@ def test_what_cudnn_does_not_serve_is_left_to_xla(
     assert "__cudnn" not in lowered("cuda", **options)
 
 
-def test_asking_for_cudnn_where_there_is_none_gives_the_same_numbers() -> None:
-    case = Case(time=20)
+@pytest.mark.parametrize("installed", [False, True])
+def test_asking_for_cudnn_where_there_is_no_gpu_gives_the_same_numbers(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        monkeypatch.setattr(
+            "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91100
+        )
+    case = Case(time=20 + installed)  # another shape is traced anew
     inputs = make_inputs(case, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(
         run(case, inputs, *inputs[:3], implementation="cudnn"), run(case, inputs, *inputs[:3])
