@@ -65,9 +65,10 @@ def rl_config(model: str) -> ConfigDict:
     config.data.max_responses = 8
     config.rollout.group = 4
     config.rollout.max_new_tokens = JUDGEMENT
-    # Whether the paper counts prompts or rollouts is not stated.
+    # Whether the paper counts prompts or rollouts is not stated. In one micro-batch, so that each
+    # of 128 chips has a whole group, whose prompt it computes once.
     config.batch.rows = 512
-    config.batch.accumulate = 4
+    config.batch.accumulate = 1
     config.steps = 900
     config.loss.beta = 0.08
     config.optimizer.learning_rate = 4e-7
