@@ -94,7 +94,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["grm_jax", "grm_jax.*"]),
     package_data={
-        "grm_jax": ["py.typed", "weights/README.md", "weights/*/*.json", "weights/*/*.safetensors"],
+        "grm_jax": ["py.typed", "weights/*/*.json", "weights/*/*.safetensors"],
         "grm_jax.data": ["*.jsonl"],
         "grm_jax.evaluation": ["report.html"],
         "grm_jax.prompts": ["templates/*.jinja"],

@@ -1,4 +1,4 @@
-"""SPCT of the embedded default model on real comparisons: what ships with the package.
+"""SPCT of the embedded default model on real comparisons: adapters for judging.
 
     python -m benchmarks.reference_run prepare --data FOLDER --workdir runs/smollm2
     grm-jax train --config configs/smollm2_135m.py:runs/smollm2/data --workdir runs/smollm2/main
@@ -9,9 +9,8 @@ it is sampled (the cold start without a teacher), and adapters learn those that 
 Reinforcement learning goes on from there, unconstrained; a meta reward model learns from what
 comes out, on comparisons of its own; and the last stage judges those that none has seen.
 
-For one GPU of 80 GB; times and results are in `benchmarks/reference_run.md`. Written as
-`FOLDER,short` it is a few steps of everything on few comparisons: half an hour on a CPU, which show
-that the way works, not how far it leads.
+For one GPU of 80 GB, where it has not been run yet. Written as `FOLDER,short` it is a few steps of
+everything on few comparisons, for a CPU: they show that the way works, not how far it leads.
 """
 
 from ml_collections import ConfigDict
@@ -127,7 +126,7 @@ def _eval(folder: str) -> ConfigDict:
 
 
 def _shorten(config: ConfigDict, folder: str) -> None:
-    """What two cores do in half an hour."""
+    """What two cores can do."""
     for name, part in ((name, config[name]) for name in config.order if name != "eval"):
         file, first, end = _PARTS[name]
         part.data.comparisons = (f"{folder}/{file}.jsonl#{first}:{end}",)

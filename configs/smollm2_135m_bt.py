@@ -2,8 +2,8 @@
 
     grm-jax train --config configs/smollm2_135m_bt.py:FOLDER --workdir DIR
 
-Prepare FOLDER as for that configuration. For one GPU of 80 GB; `FOLDER,short` is a few
-steps for a CPU. What it reaches is in `benchmarks/reference_run.md`.
+Prepare FOLDER as for that configuration. For one GPU of 80 GB, where it has not been run yet;
+`FOLDER,short` is a few steps for a CPU.
 """
 
 from ml_collections import ConfigDict

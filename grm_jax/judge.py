@@ -127,9 +127,9 @@ class GRM:
           name_or_path: A built-in name (fetched on first use), `hf:owner/name[@revision]`, a folder
             of safetensors or of an Orbax checkpoint, a GGUF file, or a PEFT folder that names its
             base model.
-          adapter: A PEFT folder with LoRA adapters, or the name of one that comes with the package
-            (`grm_jax/weights/README.md`), which are merged into the model. None is the bare model,
-            of built-in names too: only the command line has a default.
+          adapter: A PEFT folder with LoRA adapters, or the name of one that comes with the package,
+            which are merged into the model. None is the bare model, of built-in names too: only the
+            command line has a default.
           mesh: Where to place the parameters; the default device if None.
           dtype: Type of parameters and computation: by default float32 on CPUs, else bfloat16.
 

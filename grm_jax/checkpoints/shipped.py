@@ -1,7 +1,7 @@
 """Adapters that come with the package: what they are called, and what their files must be.
 
-They lie in `grm_jax/weights/`, one PEFT folder each; its `README.md` says what they are. One is on
-the list when the checksum of its weights is, and is checked against that whenever it is opened.
+They lie in `grm_jax/weights/`, one PEFT folder each, and are checked against the checksum that is
+noted here whenever they are opened.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Shipped:
       role: A `"judge"`, by which its base judges on the command line unless told otherwise, or a
         `"meta"` reward model, with a classifier's head.
       template: The prompt that it was trained with.
-      sha256: Checksum of its weights; empty while there are none.
+      sha256: Checksum of its weights.
     """
 
     name: str
@@ -42,24 +42,10 @@ class Shipped:
         return FOLDER / self.name.replace("-", "_")
 
 
-_ALL = (
-    Shipped(
-        name="smollm2-135m-spct",
-        base="smollm2-135m",
-        role="judge",
-        template="compact",
-        sha256="",
-    ),
-    Shipped(
-        name="smollm2-135m-meta",
-        base="smollm2-135m",
-        role="meta",
-        template="meta",
-        sha256="",
-    ),
-)
+_ALL: tuple[Shipped, ...] = ()
+# None so far: what `configs/smollm2_135m.py` trains is to come here.
 
-SHIPPED: Mapping[str, Shipped] = MappingProxyType({one.name: one for one in _ALL if one.sha256})
+SHIPPED: Mapping[str, Shipped] = MappingProxyType({one.name: one for one in _ALL})
 """The adapters by name."""
 
 
