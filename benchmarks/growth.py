@@ -1,7 +1,7 @@
 """What a chip holds, computes and sends as the slice grows, at the same work for each chip.
 
-    python benchmarks/growth.py configs/deepseek_grm_27b.py --stage rl --rows 4 -- \
-      --config.rl.mesh.fsdp=16
+    python benchmarks/growth.py configs/deepseek_grm_27b.py --stage rft --rows 8 \
+      --config.rft.mesh.fsdp=16
 
 Plans one stage of a configuration for slices of 16 to 1,024 chips, with a batch that grows with
 them, and prints a table; with `--plot FILE.png` a figure as well. It needs libtpu and no TPU. What
@@ -74,13 +74,13 @@ def main() -> None:
     """Prints the table, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
-    parser.add_argument("override", nargs="*", help="--config.key=value, behind --")
     parser.add_argument("--stage", default="rl")
     parser.add_argument("--chip", default="v5p")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch for each chip")
     parser.add_argument("--chips", type=int, nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    # Any key of the configuration can be set, as for `grm-jax plan`.
+    args, args.override = parser.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     print("| " + " | ".join(HEAD) + " |")

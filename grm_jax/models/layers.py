@@ -157,6 +157,12 @@ def spread(added: jax.Array, places: tuple[int, ...], count: int, axis: int) -> 
     )
 
 
+def _in_parts() -> bool:
+    """Whether a mesh is set that splits outputs of projections."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape.get("tensor", 1) > 1
+
+
 class Linear(nn.Module):
     """A projection, or several fused ones, of trailing axes.
 
@@ -182,8 +188,9 @@ class Linear(nn.Module):
         lead, contracted = x.shape[: -self.inputs], x.shape[-self.inputs :]
         kernel = _kernel(self, self.config, self.outputs, contracted, self.axes)
         flat = x.reshape(*lead, -1)
-        # Fused projections stay apart: an axis over both cannot be shared out as each of them is.
-        fused = self.outputs[:1] if len(self.names) > 1 else ()
+        # An axis over fused projections cannot be shared out as each of them is. Where nothing is,
+        # it spares compilers for CPUs a copy of the kernel.
+        fused = self.outputs[:1] if len(self.names) > 1 and _in_parts() else ()
         kernel = kernel.reshape(*fused, -1, flat.shape[-1])
         out = product(flat, kernel, weights_first=self.config.weights_first)
         out = out.reshape(*lead, *self.outputs)
