@@ -1,6 +1,7 @@
 """What a chip holds, computes and sends as the slice grows, at the same work for each chip.
 
-    python benchmarks/growth.py configs/deepseek_grm_27b.py --stage rl --rows 4
+    python benchmarks/growth.py configs/deepseek_grm_27b.py --stage rft --rows 8 \
+      --config.rft.mesh.fsdp=16
 
 Plans one stage of a configuration for slices of 16 to 1,024 chips, with a batch that grows with
 them, and prints a table; with `--plot FILE.png` a figure as well. It needs libtpu and no TPU. What
@@ -13,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -22,13 +24,14 @@ from grm_jax.cli.plan import duration, size
 from grm_jax.plan import ProgramReport, StageReport, parse_topology, plan
 from grm_jax.training.config import load_config
 
+# All of them can be laid out in parts of 16, which are products of whole axes.
 SHAPES = {
     16: "2x2x4",
     32: "2x4x4",
     64: "4x4x4",
     128: "4x4x8",
-    256: "4x8x8",
-    512: "8x8x8",
+    256: "4x4x16",
+    512: "4x8x16",
     1024: "8x8x16",
 }
 
@@ -71,13 +74,13 @@ def main() -> None:
     """Prints the table, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
-    parser.add_argument("override", nargs="*", help="--config.key=value, behind --")
     parser.add_argument("--stage", default="rl")
     parser.add_argument("--chip", default="v5p")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch for each chip")
     parser.add_argument("--chips", type=int, nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    # Any key of the configuration can be set, as for `grm-jax plan`.
+    args, args.override = parser.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     print("| " + " | ".join(HEAD) + " |")
@@ -88,6 +91,7 @@ def main() -> None:
         for program in found[chips].programs:
             print("| " + " | ".join(row(chips, found[chips], program)) + " |")
         sys.stdout.flush()
+    print(f"\nJAX {jax.__version__}, libtpu {version('libtpu')}.")
     if args.plot is not None:
         plot(found, args.plot)
 

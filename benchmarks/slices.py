@@ -3,8 +3,9 @@
     python benchmarks/slices.py configs/deepseek_grm_27b.py --chip v5p v5e v6e
 
 Slices are planned from the smallest on until one fits, in the configuration's own settings but for
-where things lie: parameters are in no more parts than the configuration says, and a device learns
-from one row at a time. It needs libtpu and no TPU.
+where things lie: parameters are in no more parts than the configuration says, times `--tensor`, and
+a device learns from one row at a time, or one group whose prompt it computes once. It needs libtpu
+and no TPU.
 """
 
 import argparse
@@ -41,15 +42,25 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def fitted(stage: ConfigDict, chips: int) -> None:
-    """Lays a stage on so many chips, and lets each learn from one row at a time."""
+def fitted(stage: ConfigDict, chips: int, tensor: int = 1) -> None:
+    """Lays a stage on so many chips, and lets each learn from one row or group at a time.
+
+    Args:
+      stage: The stage, which is changed.
+      chips: Of the slice.
+      tensor: Parts of heads, hidden units and vocabulary while it learns, on as many chips or more.
+    """
     expert = math.gcd(stage.mesh.expert, chips)
-    left = chips // expert
+    tensor = math.gcd(tensor, chips // expert)
+    left = chips // expert // tensor
     # What a configuration leaves to the slice is no bound.
     fsdp = left if stage.mesh.fsdp < 1 else math.gcd(stage.mesh.fsdp, left)
-    stage.mesh = ConfigDict({"data": left // fsdp, "fsdp": fsdp, "tensor": 1, "expert": expert})
-    rows = stage.batch.rows
-    stage.batch.accumulate = max(rows // left, 1)
+    stage.mesh = ConfigDict(
+        {"data": left // fsdp, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+    )
+    # Rows are shared out over all axes but `tensor`.
+    each = stage.rollout.group if "rollout" in stage else 1
+    stage.batch.accumulate = max(stage.batch.rows // (left * expert * each), 1)
     if "rollout" in stage and any(stage.rollout.mesh[axis] for axis in MESH_AXES):
         mesh = stage.rollout.mesh
         tensor = math.gcd(mesh.tensor, chips)
@@ -60,10 +71,12 @@ def fitted(stage: ConfigDict, chips: int) -> None:
         )
 
 
-def planned(path: str, name: str, text: str) -> tuple[Stage, list[ProgramReport]] | None:
+def planned(
+    path: str, name: str, text: str, tensor: int
+) -> tuple[Stage, list[ProgramReport]] | None:
     """A stage on a slice and the plans of its programs; None if one does not fit."""
     config, topology = stage_configs(load_config(path))[name], parse_topology(text)
-    fitted(config, topology.chips)
+    fitted(config, topology.chips, tensor)
     try:
         mesh = mesh_on(topology, config.mesh.to_dict(), devices_of(topology))
         stage = build_stage(name, config, mesh, platform=topology.chip.kind)
@@ -83,10 +96,10 @@ def planned(path: str, name: str, text: str) -> tuple[Stage, list[ProgramReport]
     return stage, found
 
 
-def least(path: str, name: str, chip: str) -> Sequence[str]:
+def least(path: str, name: str, chip: str, tensor: int) -> Sequence[str]:
     """The least slice on which a stage fits, and what it takes there, as cells of the table."""
     for shape in SHAPES[chip]:
-        found = planned(path, name, f"{chip}:{shape}")
+        found = planned(path, name, f"{chip}:{shape}", tensor)
         if found is not None:
             stage, programs = found
             mesh = ", ".join(f"{axis}={n}" for axis, n in stage.mesh.shape.items() if n > 1)
@@ -105,6 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="+")
     parser.add_argument("--chip", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--stage", nargs="+", help="only these")
+    parser.add_argument("--tensor", type=int, default=1, help="parts of heads and hidden units")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -112,8 +127,9 @@ def main() -> None:
     print("|" + " --- |" * 7)
     for path in args.config:
         for name in stage_configs(load_config(path)):
-            for chip in args.chip:
-                print("| " + " | ".join((f"`{Path(path).stem}`", name, *least(path, name, chip))))
+            for chip in args.chip if args.stage is None or name in args.stage else ():
+                cells = (f"`{Path(path).stem}`", name, *least(path, name, chip, args.tensor))
+                print("| " + " | ".join(cells) + " |")
                 sys.stdout.flush()
 
 

@@ -17,7 +17,9 @@ def get_config(folder: str = "data") -> ConfigDict:
     smaller = runpy.run_path(str(Path(__file__).with_name("deepseek_grm_27b.py")))
     config: ConfigDict = smaller["get_config"](folder).rft
     config.model.name = "hf:deepseek-ai/DeepSeek-V3"
+    # A row of a step for each of 1,024 chips.
     config.mesh.fsdp, config.mesh.expert = 64, 16
+    config.batch.accumulate = 1
     # Of a file in which judgements were rejected until so many are left.
     config.data.comparisons = (f"{folder}/comparisons.jsonl#0:50000",)
     return config

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from grm_jax.models.kernels import ROWS, causal_attention
 
@@ -52,9 +53,13 @@ def branched_attention(
     shape = (batch, branches, time, kv_heads)
     # [B, kv_heads, G, heads / kv_heads, T, head_dim]
     queries = query[:, size:].reshape(*shape, -1, query.shape[-1]).transpose(0, 3, 1, 4, 2, 5)
-    prompt = (key[:, :size].transpose(0, 2, 3, 1), value[:, :size].transpose(0, 2, 1, 3))
-    own_keys = key[:, size:].reshape(*shape, -1).transpose(0, 3, 1, 4, 2)
-    own_values = value[:, size:].reshape(*shape, -1).transpose(0, 3, 1, 2, 4)
+    queries = _by_heads(queries)
+    prompt = (
+        _by_heads(key[:, :size].transpose(0, 2, 3, 1)),
+        _by_heads(value[:, :size].transpose(0, 2, 1, 3)),
+    )
+    own_keys = _by_heads(key[:, size:].reshape(*shape, -1).transpose(0, 3, 1, 4, 2))
+    own_values = _by_heads(value[:, size:].reshape(*shape, -1).transpose(0, 3, 1, 2, 4))
     # Scores are computed again for the gradient.
     block: Any = jax.checkpoint(functools.partial(_block, softcap=softcap), prevent_cse=False)
     parts = []
@@ -73,6 +78,11 @@ def branched_attention(
     texts = jnp.concatenate(parts, axis=4).transpose(0, 2, 4, 1, 3, 5)
     texts = texts.reshape(batch, branches * time, query.shape[2], -1)
     return jnp.concatenate([of_prompt, texts.astype(query.dtype)], axis=1)
+
+
+def _by_heads(x: jax.Array) -> jax.Array:
+    """Says how `[B, kv_heads, ...]` is shared out. Left to itself, the compiler gathers scores."""
+    return nn.with_logical_constraint(x, ("batch", "kv_heads", *(None,) * (x.ndim - 2)))
 
 
 def _block(
@@ -111,13 +121,14 @@ def _block(
     shared, alone = jnp.exp(before - top), jnp.exp(inside - top)
     mixed = _mixed("bkghqs,bksd->bkghqd", shared, prompt[1])
     mixed += _mixed("bkghqs,bkgsd->bkghqd", alone, own[1])
-    return mixed / (shared.sum(axis=-1, keepdims=True) + alone.sum(axis=-1, keepdims=True))
+    total = shared.sum(axis=-1, keepdims=True) + alone.sum(axis=-1, keepdims=True)
+    return _by_heads(mixed / total)
 
 
 def _scores(
     equation: str, query: jax.Array, keys: jax.Array, seen: jax.Array, softcap: float | None
 ) -> jax.Array:
-    scores = jnp.einsum(equation, query, keys, preferred_element_type=jnp.float32)
+    scores = _by_heads(jnp.einsum(equation, query, keys, preferred_element_type=jnp.float32))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(seen, scores, jnp.finfo(jnp.float32).min)

@@ -56,7 +56,8 @@ class LatentAttention(nn.Module):
         shared = rotate(both[:, :, None, m.rank :], *rope)  # [B, T, 1, rope_dim]
         key = jnp.concatenate([latent[:, :, None], shared], axis=-1)
         shape = (c.num_heads, m.nope_dim + m.value_dim, m.rank)
-        kv_b = Weight(c, "kv_b", shape, ("heads", "head_dim", None), 2, name="kv_b")()
+        # The rank is split as the width is: where heads are whole, nothing else could be.
+        kv_b = Weight(c, "kv_b", shape, ("heads", "head_dim", "embed"), 2, name="kv_b")()
         to_key, to_value = kv_b[:, : m.nope_dim], kv_b[:, m.nope_dim :]
 
         if cache.own is None and not cache.past:
@@ -83,7 +84,7 @@ class LatentAttention(nn.Module):
             return Linear(c, ("q",), outputs, ("heads", "head_dim", "embed"), name="q")(x)
         low = Linear(c, ("q_a",), (rank,), ("head_dim", "embed"), name="q_a")(x)
         low = RMSNorm(_NORM_EPS, 0.0, None, name="q_a_norm")(low)
-        return Linear(c, ("q_b",), outputs, ("heads", "head_dim", None), name="q_b")(low)
+        return Linear(c, ("q_b",), outputs, ("heads", "head_dim", "embed"), name="q_b")(low)
 
     def _written_out(
         self,

@@ -67,15 +67,19 @@ def product(
 ) -> jax.Array:
     """`x [..., i]` times `kernel [o, i]`: `[..., o]`, of the operands' type unless one is given.
 
+    A kernel `[n, o, i]` gives `[..., n, o]`.
+
     With `weights_first` the compiler sees the product as kernel times x, which on CPUs is the fast
     order while x has few rows; the barrier keeps it from turning the order round again.
     """
+    outputs = kernel.shape[:-1]
     if not weights_first or math.prod(x.shape[:-1]) > _FEW_ROWS:
-        return jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    out = jnp.einsum("oi,ri->or", kernel, rows, preferred_element_type=dtype)
+        names = "no"[-len(outputs) :]
+        return jnp.einsum(f"...i,{names}i->...{names}", x, kernel, preferred_element_type=dtype)
+    rows, flat = x.reshape(-1, x.shape[-1]), kernel.reshape(-1, x.shape[-1])
+    out = jnp.einsum("oi,ri->or", flat, rows, preferred_element_type=dtype)
     out = jax.lax.optimization_barrier(out)
-    return out.T.reshape(*x.shape[:-1], -1)
+    return out.T.reshape(*x.shape[:-1], *outputs)
 
 
 class RMSNorm(nn.Module):
@@ -153,6 +157,12 @@ def spread(added: jax.Array, places: tuple[int, ...], count: int, axis: int) -> 
     )
 
 
+def _in_parts() -> bool:
+    """Whether a mesh is set that splits outputs of projections."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape.get("tensor", 1) > 1
+
+
 class Linear(nn.Module):
     """A projection, or several fused ones, of trailing axes.
 
@@ -178,8 +188,11 @@ class Linear(nn.Module):
         lead, contracted = x.shape[: -self.inputs], x.shape[-self.inputs :]
         kernel = _kernel(self, self.config, self.outputs, contracted, self.axes)
         flat = x.reshape(*lead, -1)
-        first = self.config.weights_first
-        out = product(flat, kernel.reshape(-1, flat.shape[-1]), weights_first=first)
+        # An axis over fused projections cannot be shared out as each of them is. Where nothing is,
+        # it spares compilers for CPUs a copy of the kernel.
+        fused = self.outputs[:1] if len(self.names) > 1 and _in_parts() else ()
+        kernel = kernel.reshape(*fused, -1, flat.shape[-1])
+        out = product(flat, kernel, weights_first=self.config.weights_first)
         out = out.reshape(*lead, *self.outputs)
         if self.bias:
             zeros = nn.initializers.zeros_init()

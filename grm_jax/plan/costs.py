@@ -279,8 +279,25 @@ class _Reader:
         limit = lines.get(root.operands[1])
         if limit is None or limit.opcode != "constant":
             return None
-        value = re.match(r"\((\d+)\)", limit.attributes)
-        return int(value[1]) if value else None
+        value = _constant(limit)
+        return None if value is None else -(-value // self._step(one, lines[root.operands[0]]))
+
+    def _step(self, one: Instruction, counter: Instruction) -> int:
+        """What a loop adds to its counter in a turn; 1 where its body does not say so plainly.
+
+        A product whose operand comes round from chip to chip takes two parts of it in a turn.
+        """
+        (name,) = one.called("body")
+        lines = {line.name: line for line in self._computations[name]}
+        state = _root(self._computations[name])
+        place = re.search(r"\bindex=(\d+)", counter.attributes)
+        if place is None or state.opcode != "tuple":
+            return 1
+        following = lines[state.operands[int(place[1])]]
+        if following.opcode != "add":
+            return 1
+        steps = (_constant(lines[operand]) for operand in following.operands)
+        return next(filter(None, steps), 1)
 
     def _moved(self, one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
         """Bytes that an operation reads and writes."""
@@ -365,6 +382,12 @@ def _scattered(cost: Cost) -> Cost:
             )
         found.collectives[what] = traffic
     return found
+
+
+def _constant(one: Instruction) -> int | None:
+    """The whole number that an instruction is; None if it is none."""
+    value = re.match(r"\((\d+)\)", one.attributes) if one.opcode == "constant" else None
+    return int(value[1]) if value else None
 
 
 def _root(body: Computation) -> Instruction:

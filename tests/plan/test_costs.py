@@ -71,6 +71,14 @@ def test_the_number_of_turns_may_be_stated() -> None:
     assert cost.unknown == 1
 
 
+def test_a_loop_may_count_in_larger_steps() -> None:
+    twos = TEXT.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
+    assert program_cost(twos).flops == 3 * 2 * 8 * 16 * 4
+    # What is added to the counter cannot be read.
+    fused = TEXT.replace("add(%step, %one)", "fusion(%step), kind=kLoop, calls=%add")
+    assert program_cost(fused).flops == 5 * 2 * 8 * 16 * 4
+
+
 def test_bytes_are_those_of_what_is_not_fused() -> None:
     x, w, y = 4 * 8 * 16, 4 * 16 * 4, 4 * 8 * 4
     # Of the weights, the fusion reads one slice; its index is a number of four bytes.

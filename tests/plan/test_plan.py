@@ -28,10 +28,14 @@ from grm_jax.plan import (
     plan_stage,
     stage_configs,
 )
+from grm_jax.plan.architectures import KNOWN
 from grm_jax.plan.chips import CHIPS, devices_of
 from grm_jax.plan.compiling import needed_bytes
 from grm_jax.plan.search import candidates, nearest_change
+from grm_jax.plan.sizes import held_bytes
+from grm_jax.plan.stages import abstract_model
 from grm_jax.prompts.nano import nano_tokenizer
+from grm_jax.sampling.prefix import empty_prefix
 from grm_jax.training import sft, spct
 from grm_jax.training.config import Settings
 from grm_jax.training.model import open_model
@@ -100,6 +104,17 @@ def test_arguments_of_an_update_are_parameters_moments_counts_and_batch(
     assert update.memory.beside == 0
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", *(name for name in KNOWN if "hf:" in name)])
+def test_no_large_array_is_whole_on_a_device(name: str) -> None:
+    """Parts of parameters take no more than their share, but for norms and the like."""
+    named = {"model__name": name, "model__tokenizer": "", "model__shape": {}}
+    mesh = make_mesh({"fsdp": 8}, jax.devices()[:8])
+    settings = Settings(small("rft", mesh__fsdp=8, mesh__tensor=1, **named))
+    params = abstract_model(settings, mesh, platform="tpu").params
+    whole = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert held_bytes(params) < 1.001 * whole / 8
+
+
 def test_arguments_of_rollouts_are_parameters_and_prompts(reinforcing: StageReport) -> None:
     rollout, experience, update = reinforcing.programs
     held = 4 * parameters(vocabulary(), 8, 1)
@@ -113,6 +128,37 @@ def test_arguments_of_rollouts_are_parameters_and_prompts(reinforcing: StageRepo
     assert experience.memory.beside == reinforcing.state - held
     assert update.memory.beside == held
     assert update.memory.arguments > 3 * held
+
+
+def test_a_cache_takes_what_its_shards_take(reinforcing: StageReport) -> None:
+    """Of arrays that are there, and inside of rollouts, which make their own."""
+    layers, heads, size, prompt, new, samples = 2, 4, 16, 32, 16, 4
+    mesh = make_mesh({"fsdp": 8}, jax.devices()[:8])
+    settings = Settings(small("rl", mesh__fsdp=8, mesh__tensor=1))
+    config = abstract_model(settings, mesh, platform="cpu").config
+    prefix = empty_prefix(config, rows=16, size=prompt, mesh=mesh)
+    both = 2 * layers * heads * size * 4
+    # Two rows a device, with the place of the first token and the number of tokens of each.
+    by_hand = 2 * (both * prompt + 2 * 4)
+    assert held_bytes(jax.tree.map(shape_of, prefix)) == by_hand
+    first = jax.devices()[0]
+    shards = [part for leaf in jax.tree.leaves(prefix) for part in leaf.addressable_shards]
+    assert sum(part.data.nbytes for part in shards if part.device == first) == by_hand
+    # One of eight prompts is on each device, with its samples.
+    rollout = reinforcing.programs[0]
+    assert rollout.memory.temporaries > both * (prompt + samples * new)
+    longer = small(
+        "rl", mesh__fsdp=8, mesh__tensor=1, batch__rows=32, rollout__max_new_tokens=10 * new
+    )
+    mesh = make_mesh({"fsdp": 8}, jax.devices()[:8])
+    stage = build_stage("rl", longer, mesh, platform="cpu")
+    (more,) = plan_stage(stage, HERE, only=("rollout",))
+    added = more.memory.temporaries - rollout.memory.temporaries
+    assert added == pytest.approx(both * samples * 9 * new, rel=0.1)
+
+
+def shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def test_peak_is_that_of_the_program_that_runs(learning: StageReport) -> None:
@@ -171,29 +217,63 @@ def test_training_gathers_each_layer_by_itself(learning: StageReport) -> None:
     assert rest < 0.05 * payload
 
 
-def test_decoding_gathers_neither_parameters_nor_logits(tmp_path: Path) -> None:
-    """With heads, hidden units and vocabulary in parts on eight devices."""
-    vocab, width, layers, tokens, rows = 4096, 64, 2, 16, 16
+def even(folder: Path, **changes: Any) -> ConfigDict:
+    """Reinforcement learning of a model whose vocabulary and heads can be dealt out to eight."""
     shape = {
         "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": width,
+        "vocab_size": 4096,
+        "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
     }
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    config = small(
-        "rl",
-        mesh__fsdp=1,
-        mesh__tensor=8,
-        model__name=str(tmp_path),
-        model__tokenizer="",
-        model__shape={},
-    )
+    (folder / "config.json").write_text(json.dumps(shape))
+    named = {"model__name": str(folder), "model__tokenizer": "", "model__shape": {}}
+    return small("rl", **named, **changes)
+
+
+def test_learning_from_shared_prompts_sends_what_one_would_by_hand(tmp_path: Path) -> None:
+    """On parts of parameters and of heads at once: two groups of four a device."""
+    config = even(tmp_path, mesh__fsdp=4, mesh__tensor=2, batch__rows=32, batch__accumulate=1)
+    *_, experience, update = planned(config).programs
+    for program in (experience, update):
+        assert program.flops == pytest.approx(program.analytic_flops, rel=0.02)
+    vocab, width, layers, hidden = 4096, 64, 2, 128
+    kernels = layers * (4 * width * width + 3 * width * hidden) // 2
+    held = 4 * (kernels + vocab * width // 2)
+    by_axis = {
+        (kind, chips): [one for one in update.traffic if (one.kind, one.chips) == (kind, chips)]
+        for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+        for chips in (2, 4, 8)
+    }
+
+    def payload(*names: tuple[str, int]) -> float:
+        return sum(one.payload for name in names for one in by_axis[name])
+
+    # Over `fsdp`, a device's part of heads and vocabulary comes together forwards and backwards,
+    # and its gradients are summed once.
+    assert payload(("all-gather", 4)) == pytest.approx(2 * held, rel=0.01)
+    sums = payload(("all-reduce", 4), ("reduce-scatter", 4))
+    assert sums == pytest.approx(held, rel=0.01)
+    # Over `tensor`, tokens meet behind attention and the MLP of each layer, and their gradients
+    # before queries, before keys and values, and before the MLP; behind the embedding; and targets
+    # before the logits. Each prompt of 32 is there once for its four completions of 16.
+    tokens, targets = 2 * (32 + 4 * 16), 2 * 4 * 16
+    met = 4 * width * (tokens * (5 * layers + 1) + targets)
+    assert payload(("all-reduce", 2), ("reduce-scatter", 2)) == pytest.approx(met, rel=0.02)
+    assert payload(("all-gather", 2)) < 0.02 * met
+    assert payload(("all-gather", 8), ("all-reduce", 8)) == 0
+    # Rows of the embedding change places, since its columns are dealt out and tokens too.
+    assert payload(("all-to-all", 2), ("all-to-all", 4)) <= 2 * 4 * tokens * width
+
+
+def test_decoding_gathers_neither_parameters_nor_logits(tmp_path: Path) -> None:
+    """With heads, hidden units and vocabulary in parts on eight devices."""
+    vocab, width, layers, tokens, rows = 4096, 64, 2, 16, 16
+    config = even(tmp_path, mesh__fsdp=1, mesh__tensor=8)
     mesh = make_mesh(config.mesh.to_dict(), devices_of(HERE))
     stage = build_stage("rl", config, mesh, platform="cpu")
     (rollout,) = plan_stage(stage, HERE, only=("rollout",))
