@@ -372,13 +372,10 @@ def next_token_logprobs(
       gradient, or None. The last column means nothing.
     """
     hidden, _ = forward(params, config, tokens, length=lengths, segment_ids=segment_ids)
-    compute = _target_logprobs(
-        params, config, mesh, hidden, jnp.roll(tokens, -1, axis=1), temperature, chunk
+    targets = jnp.roll(tokens, -1, axis=1)
+    return _target_logprobs(
+        params, config, mesh, hidden, targets, temperature, chunk, with_entropy=with_entropy
     )
-    if with_entropy:
-        logprobs, entropy = compute(with_entropy=True)
-        return logprobs, entropy
-    return compute(), None
 
 
 def completion_logprobs(
@@ -416,7 +413,7 @@ def completion_logprobs(
     texts = jnp.concatenate([first, completions[..., :-1]], axis=2)
     hidden = forward_branches(params, config, prompts, texts, length=lengths - 1)
     rows, shape = len(prompts), completions.shape
-    compute = _target_logprobs(
+    logprobs, entropy = _target_logprobs(
         params,
         config,
         mesh,
@@ -424,11 +421,9 @@ def completion_logprobs(
         completions.reshape(rows, -1),
         temperature,
         chunk,
+        with_entropy=with_entropy,
     )
-    if with_entropy:
-        logprobs, entropy = compute(with_entropy=True)
-        return logprobs.reshape(shape), entropy.reshape(shape)
-    return compute().reshape(shape), None
+    return logprobs.reshape(shape), None if entropy is None else entropy.reshape(shape)
 
 
 def _target_logprobs(
@@ -439,10 +434,12 @@ def _target_logprobs(
     targets: jax.Array,
     temperature: ArrayLike,
     chunk: int,
-) -> Any:
-    """`token_logprobs` with a decoder's own settings."""
+    *,
+    with_entropy: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`token_logprobs` with a decoder's own settings, and entropies or None."""
     tensor = mesh.shape["tensor"]
-    return functools.partial(
+    compute = functools.partial(
         token_logprobs,
         hidden,
         params["embedding" if config.tie_embeddings else "head"],
@@ -452,6 +449,10 @@ def _target_logprobs(
         chunk=chunk,
         vocab_shards=tensor if config.vocab_size % tensor == 0 else 1,
     )
+    if with_entropy:
+        logprobs, entropy = compute(with_entropy=True)
+        return logprobs, entropy
+    return compute(), None
 
 
 def _open_tokenizer(own: str, opened: checkpoints.Checkpoint | None) -> Tokenizer:

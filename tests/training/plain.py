@@ -12,6 +12,20 @@ from grm_jax.training.grpo import Experience, LossSettings
 from grm_jax.training.losses import Metrics, grpo_loss, truncated_importance
 from grm_jax.training.model import next_token_logprobs
 
+LOSS = LossSettings(
+    clip=0.2,
+    clip_high=None,
+    beta=0.08,
+    aggregate="sequence",
+    ratio="token",
+    deviation=True,
+    deviation_floor=1e-3,
+    drop_uniform=False,
+    importance_cap=0.0,
+    max_length=4,
+    temperature=1.0,
+)
+
 
 class Rows(NamedTuple):
     """Rows of one micro-batch, prompt and completion without a gap.

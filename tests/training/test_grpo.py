@@ -17,7 +17,6 @@ from grm_jax.prompts.nano import nano_tokenizer
 from grm_jax.training import loss_denominator
 from grm_jax.training.grpo import (
     Experience,
-    LossSettings,
     Programs,
     choose,
     make_advance,
@@ -29,19 +28,7 @@ from grm_jax.training.optimizer import make_optimizer
 from grm_jax.training.rollouts import Rolled, Task, TaskMaker, Tasks
 from tests.training import plain, tiny
 
-LOSS = LossSettings(
-    clip=0.2,
-    clip_high=None,
-    beta=0.08,
-    aggregate="sequence",
-    ratio="token",
-    deviation=True,
-    deviation_floor=1e-3,
-    drop_uniform=False,
-    importance_cap=0.0,
-    max_length=4,
-    temperature=1.0,
-)
+LOSS = plain.LOSS
 
 MAKER = TaskMaker(
     tokenizer=nano_tokenizer(),

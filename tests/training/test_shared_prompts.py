@@ -12,7 +12,7 @@ import pytest
 from grm_jax.distributed import make_mesh, on_mesh, tree_shardings
 from grm_jax.models import DecoderConfig, Experts, Latent, Params, branches, param_axes
 from grm_jax.models.config import GLOBAL_WINDOW, family_config
-from grm_jax.training.grpo import Experience, LossSettings, kept_together, make_loss
+from grm_jax.training.grpo import Experience, kept_together, make_loss
 from grm_jax.training.losses import loss_denominator
 from grm_jax.training.model import completion_logprobs, next_token_logprobs
 from tests.training import plain, tiny
@@ -52,19 +52,7 @@ CONFIGS: dict[str, DecoderConfig] = {
     ),
     "adapters": tiny.LORA,
 }
-LOSS = LossSettings(
-    clip=0.2,
-    clip_high=None,
-    beta=0.08,
-    aggregate="sequence",
-    ratio="token",
-    deviation=True,
-    deviation_floor=1e-3,
-    drop_uniform=False,
-    importance_cap=1.5,
-    max_length=7,
-    temperature=0.7,
-)
+LOSS = dataclasses.replace(plain.LOSS, importance_cap=1.5, max_length=7, temperature=0.7)
 # Compiling takes nearly all the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
