@@ -11,6 +11,10 @@ from jax.typing import ArrayLike
 from grm_jax import grammar
 from grm_jax.errors import UsageError
 
+# So many tokens, and so many for each response, are the end of a text that is read at first.
+_TAIL, _TAIL_EACH = 32, 4
+# Symbols that are read before asking whether any text goes on, which devices have to agree on.
+_STEPS = 32
 # Scores are returned as float32, which holds every integer up to here exactly.
 _GREATEST_HIGH = 2**24 - 1
 
@@ -25,6 +29,14 @@ class _Reader(NamedTuple):
     numbers: jax.Array  # i32[..., N], those numbers
     scores: jax.Array  # i32[..., N], what the last complete box held
     valid: jax.Array  # bool[...], whether that box was readable
+    closed: jax.Array  # bool[...], whether there was a complete box
+
+
+class _Cursor(NamedTuple):
+    """The next symbol of each text: `i32[...]` twice, its token and its place in the token."""
+
+    token: jax.Array
+    place: jax.Array
 
 
 def _look_up(table: ArrayLike, index: jax.Array) -> jax.Array:
@@ -75,7 +87,31 @@ def _read_symbol(
         numbers=numbers,
         scores=jnp.where(closes[..., None], numbers, reader.scores),
         valid=jnp.where(closes, readable, reader.valid),
+        closed=reader.closed | closes,
     )
+
+
+def _next_symbol(
+    tokens: jax.Array, table: grammar.TokenTable, at: _Cursor, end: jax.Array
+) -> tuple[jax.Array, jax.Array, _Cursor]:
+    """The symbol at the cursor, `i32[...]`, whether there is one, and the cursor behind it.
+
+    A token that spells nothing takes a step without a symbol.
+    """
+    vocabulary, width = table.symbols.shape
+    place = jnp.minimum(at.token, tokens.shape[-1] - 1)
+    token = jnp.take_along_axis(tokens, place[..., None], axis=-1, mode="clip")[..., 0]
+    known = (token >= 0) & (token < vocabulary)
+    spelled = jnp.where(known, _look_up(table.lengths, token), 1)
+    row = jnp.clip(token, 0, vocabulary - 1)
+    symbol = _look_up(jnp.ravel(table.symbols), row * width + at.place).astype(jnp.int32)
+    there = (at.token < end) & (at.place < spelled)
+    ends = at.place + 1 >= spelled
+    behind = _Cursor(
+        token=jnp.where(at.token < end, at.token + ends, at.token),
+        place=jnp.where(ends, 0, at.place + 1),
+    )
+    return jnp.where(known, symbol, grammar.OTHER), there, behind
 
 
 @partial(jax.jit, static_argnames=("max_responses", "low", "high"))
@@ -93,8 +129,8 @@ def extract_scores(
 
     The last complete `\boxed{...}` decides, by the rules in `grm_jax.grammar`; this is `f_extract`
     of eq 7 (arXiv:2504.02495). It agrees on every input with `grm_jax.prompts.parse_scores`. Texts
-    are independent, so an array sharded over its leading dimensions is read where it lies. Time
-    grows with `T` times the width of the table.
+    are independent, so an array sharded over its leading dimensions is read where it lies. A text
+    whose last tokens hold its box costs no more if it is longer.
 
     Args:
       tokens: `i32[..., T]`, generated token ids, without the prompt. An id outside the vocabulary
@@ -118,28 +154,41 @@ def extract_scores(
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = jnp.asarray(lengths, jnp.int32)
     num_responses = jnp.asarray(num_responses, jnp.int32)
-    vocabulary, width = table.symbols.shape
-
-    def read_token(reader: _Reader, at: tuple[jax.Array, jax.Array]) -> tuple[_Reader, None]:
-        index, token = at
-        known = (token >= 0) & (token < vocabulary)
-        symbols = jnp.where(known[..., None], _look_up(table.symbols, token), grammar.OTHER)
-        spelled = jnp.where(known, _look_up(table.lengths, token), 1)
-        spelled = jnp.where(index < lengths, spelled, 0)
-
-        def read(reader: _Reader, at: tuple[jax.Array, jax.Array]) -> tuple[_Reader, None]:
-            place, symbol = at
-            moved = _read_symbol(reader, symbol.astype(jnp.int32), num_responses, low, high)
-            return _select(place < spelled, moved, reader), None
-
-        return lax.scan(read, reader, (jnp.arange(width), jnp.moveaxis(symbols, -1, 0)))
-
     # Made from the arguments, so that it has their common shape and sharding.
     zero = 0 * (jnp.sum(tokens, axis=-1) + lengths + num_responses)
     zeros = zero[..., None] + jnp.zeros(max_responses, jnp.int32)
-    reader = _Reader(zero, zero, zero, zero, zeros, zeros, zero > 0)
-    steps = (jnp.arange(tokens.shape[-1]), jnp.moveaxis(tokens, -1, 0))
-    reader, _ = lax.scan(read_token, reader, steps)
+    reader = _Reader(zero, zero, zero, zero, zeros, zeros, zero > 0, zero > 0)
+    tokens = tokens + zero[..., None]
+    end = jnp.clip(lengths + zero, 0, tokens.shape[-1])
+
+    def read(reader: _Reader, begin: jax.Array) -> _Reader:
+        """Moves the automaton of every text from a token on to its end."""
+
+        def step(_: ArrayLike, carry: tuple[_Reader, _Cursor]) -> tuple[_Reader, _Cursor]:
+            reader, at = carry
+            symbol, there, at = _next_symbol(tokens, table, at, end)
+            moved = _read_symbol(reader, symbol, num_responses, low, high)
+            return _select(there, moved, reader), at
+
+        def steps(carry: tuple[_Reader, _Cursor]) -> tuple[_Reader, _Cursor]:
+            return lax.fori_loop(0, _STEPS, step, carry)
+
+        def goes_on(carry: tuple[_Reader, _Cursor]) -> jax.Array:
+            return jnp.any(carry[1].token < end)
+
+        return lax.while_loop(goes_on, steps, (reader, _Cursor(begin, zero)))[0]
+
+    # Most texts end in their box, and what stands before a box that opens and closes does not
+    # matter. Of the others, those that could have a box are read from their beginning.
+    late = read(reader, jnp.maximum(0, end - _TAIL - _TAIL_EACH * max_responses))
+
+    def could_have_one(rest: jax.Array) -> jax.Array:
+        opening = jnp.any(jnp.asarray(table.symbols) == grammar.BACKSLASH, axis=-1)
+        return rest & jnp.any(_look_up(opening, tokens), axis=-1)
+
+    rest = ~late.closed
+    rest = lax.cond(jnp.any(rest), could_have_one, lambda rest: rest, rest)
+    reader = _select(late.closed, late, read(reader, jnp.where(rest, 0, end)))
     valid = reader.valid & (num_responses <= max_responses)
     wanted = jnp.arange(max_responses) < num_responses[..., None]
     return jnp.where(valid[..., None] & wanted, reader.scores, 0).astype(jnp.float32), valid

@@ -318,6 +318,6 @@ def test_table_may_lie_on_the_device():
 
 def test_reading_stays_sharded(run_sharded):
     tokens, lengths = (np.tile(array, (4, 1)[: array.ndim]) for array in BATCH)
-    scores, valid = run_sharded(read_batch, tokens, lengths, np.tile(COUNTS, 4))
+    scores, valid = run_sharded(read_batch, tokens, lengths, np.tile(COUNTS, 4), agreeing=True)
     np.testing.assert_array_equal(scores, BATCH_SCORES * 4)
     np.testing.assert_array_equal(valid, BATCH_VALID * 4)
