@@ -22,7 +22,7 @@ from grm_jax import grammar
 from grm_jax.data import Comparison, PointwiseLabel, best_index, turns
 from grm_jax.data.packing import pad_prompts
 from grm_jax.errors import UsageError
-from grm_jax.models import DecoderConfig, Params, abstract_params, cpu_decoder
+from grm_jax.models import DecoderConfig, Params, abstract_params, cpu_decoder, merge_lora
 from grm_jax.prompts import Template, Tokenizer, encode_chat, render
 from grm_jax.rewards import (
     extract_scores,
@@ -261,9 +261,13 @@ def make_completer(
     ) -> Completed:
         # Once, and not again for every token.
         params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, cast)
-        loop, reading = plain, plain
+        loop = plain
+        if plain.dtype == "float32" and plain.quantization is None:
+            # Rounded to fewer bits, a kernel would lose what is added to it.
+            loop, params = merge_lora(plain, params)
+        reading = loop
         if on_cpu:
-            loop, params = cpu_decoder(plain, params)
+            loop, params = cpu_decoder(loop, params)
             reading = dataclasses.replace(loop, weights_first=False)
         tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
         prefix = prefill(params, reading, tokens, lengths - 1)

@@ -31,6 +31,7 @@ from grm_jax.models import (
     remove_lora,
     split_lora,
 )
+from grm_jax.models.layers import Adapter, adapted_product, gated_pair
 from grm_jax.models.quantization import NORMAL_FLOAT, dequantise, quantise
 
 SIZES: dict[str, Any] = {
@@ -179,6 +180,62 @@ def test_only_the_adapters_take_gradients_over_a_quantised_base() -> None:
     for path, grad in grads.items():
         # One half of each adapter is still zero, so the other has no gradient yet.
         assert bool(jnp.any(grad != 0)) == (path[-1] == "lora_b"), path
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1,)])
+def test_many_rows_meet_the_whole_kernel_and_the_gradients_are_the_same(places: Any) -> None:
+    keys = jax.random.split(jax.random.key(3), 5)
+    x, kernel, down, up, weights = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            keys,
+            [(5, 7, 6), (2 * 4, 6), (len(places), 3, 6), (len(places), 4, 3), (5, 7, 8)],
+            strict=True,
+        )
+    )
+
+    def whole(x: jax.Array, kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+        out = adapted_product(x, kernel, Adapter(down, up, places), 2)
+        return jnp.sum(jnp.sin(out) * weights)
+
+    def apart(x: jax.Array, kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+        out = (x @ kernel.T).reshape(5, 7, 2, 4)
+        for index, place in enumerate(places):
+            out = out.at[:, :, place].add(x @ down[index].T @ up[index].T)
+        return jnp.sum(jnp.sin(out.reshape(5, 7, 8)) * weights)
+
+    got = jax.value_and_grad(whole, argnums=(0, 1, 2, 3))(x, kernel, down, up)
+    wanted = jax.value_and_grad(apart, argnums=(0, 1, 2, 3))(x, kernel, down, up)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_cost_what_their_own_gradients_do() -> None:
+    """Products with a frozen kernel: one forwards, one backwards, and none for its gradient."""
+    rows, size, rank = 512, 256, 4
+    shapes = ((rows, size), (size, size), (1, rank, size), (1, size, rank))
+    x, kernel, down, up = (jnp.ones(shape) for shape in shapes)
+
+    def loss(x: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(adapted_product(x, kernel, Adapter(down, up, (0,)), 1)))
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, down, up).compile()
+    cost = compiled.cost_analysis()
+    assert cost is not None
+    assert 2.0 <= cost["flops"] / (2 * rows * size * size) <= 2.25
+
+
+def test_the_gradient_of_gate_and_up() -> None:
+    config = CONFIGS["qwen2"]
+    both = jax.random.normal(jax.random.key(0), (3, 2, 5))
+
+    def pair(both: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(gated_pair(config, both)))
+
+    def plain(both: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jax.nn.silu(both[:, 0]) * both[:, 1]))
+
+    np.testing.assert_allclose(jax.grad(pair)(both), jax.grad(plain)(both), rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_targets() -> None:
