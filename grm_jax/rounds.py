@@ -88,7 +88,9 @@ def plan_record(
     jobs, chosen, rounds = [], [], []
     ends = (*(looks(samples) if adaptive else ()), samples)
     for begin, end in itertools.pairwise((0, *ends)):
-        room = sampler.room(end - begin, 1 if orders == "fixed" else count)
+        room = sampler.room(
+            end - begin, 1 if orders == "fixed" else count, balanced=orders == "balanced"
+        )
         places: dict[tuple[int, ...], list[int]] = {}
         for sample in range(begin, end):
             places.setdefault(shown[sample], []).append(sample)

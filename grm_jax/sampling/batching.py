@@ -27,7 +27,7 @@ from grm_jax.sampling.scheduling import bucket, power_of_two
 # a sample, would be others.
 _CPU_ROWS = 32
 _ACCELERATOR_ROWS = 256
-_LEAST_ROOM = 512
+_LEAST_ROOM = 256
 # Tokens of prompts that are read at a time, for each row of a decoding batch: about what fills the
 # machine.
 _READ_TOKENS = 8
@@ -217,16 +217,16 @@ class JudgeSampler:
             )
         return self._layouts[count]
 
-    def room(self, samples: int, num_responses: int) -> int:
+    def room(self, samples: int, num_responses: int, *, balanced: bool = False) -> int:
         """Samples to ask for in one job, of `samples` over all orders of the responses.
 
-        About half of what an order gets on average: orders that get more have several jobs, and
-        the last of each is rarely full. So all records with as many responses run in the same
-        program, whatever orders were drawn.
+        As many as an order gets where orders are balanced, and else about half of what one gets on
+        average: orders that get more have several jobs, and the last of each is rarely full. So all
+        records with as many responses run in the same program, whatever orders were drawn.
         """
         orders = min(samples, math.factorial(min(num_responses, 12)))
         each = power_of_two(-(-samples // orders))
-        return min(self.rows, each if orders == 1 else max(1, each // 2))
+        return min(self.rows, each if orders == 1 or balanced else max(1, each // 2))
 
     @property
     def parts(self) -> int:

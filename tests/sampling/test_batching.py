@@ -80,7 +80,7 @@ def job(length: int) -> PromptJob:
 
 @pytest.mark.parametrize(
     ("context", "length", "room"),
-    [(4096, 10, 512), (4096, 600, 1024), (256, 10, 256), (256, 200, 256), (64, 10, 64)],
+    [(4096, 10, 256), (4096, 300, 512), (4096, 600, 1024), (256, 200, 256), (64, 10, 64)],
 )
 def test_room_for_a_prompt(tiny_grm: GRM, context: int, length: int, room: int) -> None:
     """Little is wasted on a model that reads little."""
@@ -92,6 +92,8 @@ def test_rows_that_are_asked_for(tiny_grm: GRM) -> None:
     shape = usual.shape(job(10))
     assert (usual.limit(shape), more.limit(shape)) == (16, 100)
     assert (usual.room(128, 1), more.room(128, 1)) == (32, 128)
+    # Shuffled, an order gets more samples or fewer; balanced, it gets its share.
+    assert (usual.room(8, 2), usual.room(8, 2, balanced=True)) == (2, 4)
     with pytest.raises(UsageError, match="batch_rows is 0"):
         SamplingSettings(batch_rows=0)
 
