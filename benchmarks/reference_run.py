@@ -10,8 +10,9 @@
 judgements of the comparisons that were held out and of benchmarks, `store` keeps their scores,
 without any text, in `benchmarks/reference_run/`, and `report` makes every number of
 `benchmarks/reference_run.md` from these. Each goes on where it was stopped. TRAIN and EVAL are
-folders with files of comparisons, `NAME.jsonl.gz`. With `--short` it is a few steps and a few
-comparisons, as a CPU does them.
+folders with files of comparisons, `NAME.jsonl.gz`. The full run is for a GPU of 80 GB; with `--size
+cpu` it is what two cores do in two hours, and with `--size short` a few steps of everything. All
+parts of a run take the same size.
 """
 
 import argparse
@@ -32,12 +33,39 @@ from grm_jax.evaluation.benchmarks import load_benchmark
 from grm_jax.evaluation.judging import Judging, open_judge
 
 HERE = Path(__file__).parent
-LONGEST, NEW_TOKENS, SAMPLES = 512, 64, 32
-ROWS = 2048
-"""Of a batch that is decoded, on an accelerator."""
+SAMPLES = 32
+
 NAME = "smollm2-135m"
 
+WAYS = ("greedy", "sampled")
+
 _KEPT = ("order", "scores", "meta", "logprob", "finish")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a run is.
+
+    Attributes:
+      longest: Tokens of the longest prompt to train on.
+      judgement: Tokens of a judgement.
+      samples: Of a comparison, for votes.
+      rows: Of a batch that is decoded; None for what suits the device.
+      comparisons: Judged of each set; None for all of `SETS`.
+    """
+
+    longest: int = 512
+    judgement: int = 64
+    samples: int = 32
+    rows: int | None = 2048
+    comparisons: int | None = None
+
+
+SIZES = {
+    "full": Size(),
+    "cpu": Size(longest=256, judgement=48, rows=128, comparisons=200),
+    "short": Size(samples=4, rows=None, comparisons=4),
+}
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "main": (),
@@ -105,23 +133,27 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=[], help="those to train; all by default")
     parser.add_argument("--only", nargs="+", choices=JUDGES, default=list(JUDGES))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--short", action="store_true", help="a few of everything")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to judge")
+    parser.add_argument("--size", choices=SIZES, default="full")
     args, overrides = parser.parse_known_args()
     if not all(one.startswith("--config.") for one in overrides):
         parser.error(f"what is {' '.join(overrides)}?")
     match args.part:
         case "prepare":
-            prepare(args.data, args.workdir, longest=LONGEST)
+            prepare(args.data, args.workdir, longest=SIZES[args.size].longest)
         case "train":
-            train(args.workdir, args.variant, overrides, stages=args.stages, short=args.short)
+            train(args.workdir, args.variant, overrides, stages=args.stages, size=args.size)
         case "judge":
             for name in args.only:
-                judge(args.workdir, args.benchmarks, name, args.sets, short=args.short)
+                judge(args.workdir, args.benchmarks, name, args.sets, args.ways, size=args.size)
         case "store":
             store(args.workdir)
         case "report":
-            prepare(args.data, args.workdir, longest=LONGEST)
-            comparisons = {name: _open(name, args.workdir, args.benchmarks) for name in args.sets}
+            prepare(args.data, args.workdir, longest=SIZES[args.size].longest)
+            most = SIZES[args.size].comparisons
+            comparisons = {
+                name: _open(name, args.workdir, args.benchmarks, most) for name in args.sets
+            }
             (HERE / "reference_run.md").write_text(report(comparisons))
 
 
@@ -131,12 +163,12 @@ def train(
     overrides: Sequence[str] = (),
     *,
     stages: Sequence[str] = (),
-    short: bool = False,
+    size: str = "full",
 ) -> None:
     """Trains a variant, or goes on with it."""
     folder = workdir / variant
     stages = (["rft"] if variant in VARIANTS and variant != "main" else []) + list(stages)
-    data = ",".join([str(workdir / "data"), *(["short"] if short else []), *stages])
+    data = ",".join([str(workdir / "data"), *([] if size == "full" else [size]), *stages])
     file = "smollm2_135m_bt" if variant == "bt" else "smollm2_135m"
     command = [
         sys.executable,
@@ -159,37 +191,43 @@ def train(
 
 
 def judge(
-    workdir: Path, benchmarks: Path, name: str, sets: Sequence[str], *, short: bool = False
+    workdir: Path,
+    benchmarks: Path,
+    name: str,
+    sets: Sequence[str],
+    ways: Sequence[str],
+    *,
+    size: str = "full",
 ) -> None:
     """Judges what is missing, greedily and by sampling."""
     one = JUDGES[name]
-    ways = {"greedy": 1, "sampled": 4 if short else SAMPLES}
+    chosen = SIZES[size]
+    samples = dict(zip(WAYS, (1, chosen.samples), strict=True))
     judging: dict[str, Judging] = {}
     for part in sets:
-        comparisons = _open(part, workdir, benchmarks)[: 4 if short else None]
-        for how in ways if one.sampled else ("greedy",):
-            settings = _settings(one, workdir, samples=ways[how])
+        comparisons = _open(part, workdir, benchmarks, chosen.comparisons)
+        for how in ways if one.sampled else {"greedy"} & set(ways):
+            settings = _settings(one, workdir, samples=samples[how], tokens=chosen.judgement)
             file = workdir / "judged" / part / f"{name}.{how}.jsonl"
             with LineWriter.open(file, settings | {"judge": name, "folder": one.folder}) as writer:
                 rest = comparisons[len(writer.done) :]
                 began = time.perf_counter()
                 if rest and how not in judging:
-                    rows = {} if short else {"batch_rows": ROWS}
-                    judging[how] = _load(one, workdir, settings | rows)
+                    judging[how] = _load(one, workdir, settings | {"batch_rows": chosen.rows})
                 for judgement in judging[how](rest) if rest else ():
                     writer.write(judgement.to_record())
             seconds = time.perf_counter() - began
             print(f"{name} {part} {how}: {len(rest)} in {seconds:.1f} s", flush=True)
 
 
-def _settings(one: Judge, workdir: Path, *, samples: int) -> dict[str, Any]:
+def _settings(one: Judge, workdir: Path, *, samples: int, tokens: int) -> dict[str, Any]:
     """Of `open_judge`; greedy if there is one sample."""
     return {
         "samples": samples,
         "temperature": 1.0 if samples > 1 else 0.0,
         "top_p": 1.0,
         "top_k": 0,
-        "max_new_tokens": NEW_TOKENS,
+        "max_new_tokens": tokens,
         "orders": "shuffle",
         "scores": "sampled",
         "constrain": one.constrain,
@@ -226,11 +264,12 @@ def store(workdir: Path) -> None:
         path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
-def _open(name: str, workdir: Path, benchmarks: Path) -> list[Any]:
+def _open(name: str, workdir: Path, benchmarks: Path, most: int | None) -> list[Any]:
     benchmark, limit = SETS[name]
-    if name == "heldout":
-        return load_benchmark(benchmark, workdir / "data/heldout.jsonl")
-    return load_benchmark(benchmark, benchmarks / f"{name}.jsonl.gz", limit=limit)
+    limit = min((one for one in (limit, most) if one is not None), default=None)
+    held_out = name == "heldout"
+    path = workdir / "data/heldout.jsonl" if held_out else benchmarks / f"{name}.jsonl.gz"
+    return load_benchmark(benchmark, path, limit=limit)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ it is sampled (the cold start without a teacher), and adapters learn those that 
 Reinforcement learning goes on from there, unconstrained; a meta reward model learns from what
 comes out, on comparisons of its own; and the last stage judges those that none has seen.
 
-For one GPU of 80 GB, where it has not been run yet. Written as `FOLDER,short` it is a few steps of
-everything on few comparisons, for a CPU: they show that the way works, not how far it leads.
+For one GPU of 80 GB, where it has not been run yet. Written as `FOLDER,cpu` it is what two cores do
+in two hours, and what the adapters that come with the package were made by; its FOLDER holds pairs
+of at most 256 tokens. `FOLDER,short` is a few steps of everything on few comparisons: they show
+that the way works, not how far it leads.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +23,7 @@ from grm_jax.training import meta, rft, rl, spct
 NAME = "smollm2-135m"
 # Tokens of the longest prompt and of a judgement.
 PROMPT, JUDGEMENT = 512, 64
+CPU_JUDGEMENT, CPU_ROWS = 48, 128
 # Logits of so many entries of the vocabulary at a time, a third of them.
 CHUNK = 16_384
 
@@ -30,15 +33,17 @@ def get_config(argument: str = "data") -> ConfigDict:
 
     Args:
       argument: The folder with `train.jsonl`, `meta.jsonl` and `heldout.jsonl`; behind it, each
-        after a comma, `short`, and the stages to run if not all.
+        after a comma, `cpu` or `short`, and the stages to run if not all.
     """
     folder, *options = argument.split(",")
     stages = {"rft": _rft, "rl": _rl, "meta": _meta, "eval": _eval}
-    wanted = [option for option in options if option != "short"] or list(stages)
+    wanted = [option for option in options if option not in ("cpu", "short")] or list(stages)
     if not stages.keys() >= set(wanted):
-        raise ValueError(f"{argument!r} names no stage; write FOLDER,short,{','.join(stages)}")
+        raise ValueError(f"{argument!r} names no stage; write FOLDER,cpu,{','.join(stages)}")
     config = spct.default_config(**{name: stages[name](folder) for name in wanted})
-    if "short" in options:
+    if "cpu" in options:
+        _for_cpu(config, folder)
+    elif "short" in options:
         _shorten(config, folder)
     return config
 
@@ -125,8 +130,39 @@ def _eval(folder: str) -> ConfigDict:
     return config
 
 
+def _for_cpu(config: ConfigDict, folder: str) -> None:
+    """What two cores do in two hours, of pairs of at most 256 tokens."""
+    for name in config.order:
+        part = config[name]
+        part.checkpoint.every, part.log.every = 10, 1
+        where = part.rollout if name == "rl" else part if name == "eval" else part.sampler
+        where.max_new_tokens = CPU_JUDGEMENT
+        if "sampler" in part:
+            part.sampler.batch_rows, part.sampler.orders = CPU_ROWS, "balanced"
+        if "vocab_chunk" in part:
+            part.vocab_chunk = 4096
+    if "rft" in config:
+        config.rft.data.comparisons = (f"{folder}/train.jsonl#0:800",)
+        config.rft.sampler.temperature = 0.8
+        # A judgement a row: attention to a long row costs CPUs more than what fills up a short one.
+        config.rft.data.length = 256 + CPU_JUDGEMENT
+        config.rft.batch.rows, config.rft.batch.accumulate = 16, 1
+        config.rft.steps, config.rft.optimizer.warmup_steps = 75, 5
+    if "rl" in config:
+        config.rl.data.max_prompt = 256
+        config.rl.batch.rows, config.rl.batch.accumulate = 128, 8
+        config.rl.steps = 60
+        config.rl.loss.beta = 0.0
+    if "meta" in config:
+        config.meta.data.comparisons = (f"{folder}/meta.jsonl#0:200",)
+        config.meta.batch.rows, config.meta.batch.accumulate = 8, 1
+        config.meta.steps = 60
+    if "eval" in config:
+        config.eval.batch_rows = CPU_ROWS
+
+
 def _shorten(config: ConfigDict, folder: str) -> None:
-    """What two cores can do."""
+    """A few steps of each stage."""
     for name, part in ((name, config[name]) for name in config.order if name != "eval"):
         file, first, end = _PARTS[name]
         part.data.comparisons = (f"{folder}/{file}.jsonl#{first}:{end}",)
