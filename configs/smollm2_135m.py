@@ -151,8 +151,9 @@ def _for_cpu(config: ConfigDict, folder: str) -> None:
     if "rl" in config:
         config.rl.data.max_prompt = 256
         config.rl.batch.rows, config.rl.batch.accumulate = 128, 8
-        config.rl.steps = 60
+        config.rl.steps, config.rl.optimizer.warmup_steps = 45, 3
         config.rl.loss.beta = 0.0
+        config.rl.optimizer.learning_rate = 3e-4
     if "meta" in config:
         config.meta.data.comparisons = (f"{folder}/meta.jsonl#0:200",)
         config.meta.batch.rows, config.meta.batch.accumulate = 8, 1
