@@ -63,7 +63,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "cpu": Size(longest=256, judgement=48, rows=128, comparisons=200),
+    "cpu": Size(longest=256, judgement=40, rows=128, comparisons=200),
     "short": Size(samples=4, rows=None, comparisons=4),
 }
 

@@ -23,7 +23,7 @@ from grm_jax.training import meta, rft, rl, spct
 NAME = "smollm2-135m"
 # Tokens of the longest prompt and of a judgement.
 PROMPT, JUDGEMENT = 512, 64
-CPU_JUDGEMENT, CPU_ROWS = 48, 128
+CPU_JUDGEMENT, CPU_ROWS = 40, 128
 # Logits of so many entries of the vocabulary at a time, a third of them.
 CHUNK = 16_384
 
@@ -142,12 +142,14 @@ def _for_cpu(config: ConfigDict, folder: str) -> None:
         if "vocab_chunk" in part:
             part.vocab_chunk = 4096
     if "rft" in config:
-        config.rft.data.comparisons = (f"{folder}/train.jsonl#0:800",)
-        config.rft.sampler.temperature = 0.8
+        config.rft.data.comparisons = (f"{folder}/train.jsonl#0:1600",)
+        # Each is judged once, cold, and held to right scores.
+        config.rft.sampler.non_hinted, config.rft.sampler.hinted = False, "all"
+        config.rft.sampler.temperature = 0.3
         # A judgement a row: attention to a long row costs CPUs more than what fills up a short one.
         config.rft.data.length = 256 + CPU_JUDGEMENT
         config.rft.batch.rows, config.rft.batch.accumulate = 16, 1
-        config.rft.steps, config.rft.optimizer.warmup_steps = 75, 5
+        config.rft.steps, config.rft.optimizer.warmup_steps = 100, 5
     if "rl" in config:
         config.rl.data.max_prompt = 256
         config.rl.batch.rows, config.rl.batch.accumulate = 128, 8

@@ -278,8 +278,9 @@ class GRM:
             but for a text here and there: the number of rows decides how products are summed.
           logprobs: Keep how likely each sample was to the judge, the mean log-probability of its
             tokens under the whole vocabulary at the sampling temperature.
-          hinted: Tell the judge what the label says, which makes samples to be learnt from, never
-            evidence. A record that names no best response gets an error.
+          hinted: Tell the judge what the label says, and with `constrain` allow no scores that
+            contradict it. It makes samples to be learnt from, never evidence. A record that names
+            no best response gets an error.
           batch_rows: Samples that are decoded at a time; None for what suits the device. Small
             models are faster with more. It is one of the settings that a sample depends on.
           seed: Of the samples, their orders and the breaking of ties.

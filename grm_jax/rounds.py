@@ -77,11 +77,15 @@ def plan_record(
     )
     keys = sample_keys(record_key(seed, comparison.id), samples)
     try:
+        hints = {
+            order: _hint(comparison, order) if hinted else None for order in dict.fromkeys(shown)
+        }
         if sampler.settings.constrain:
-            sampler.layout(count)
+            for hint in hints.values():
+                sampler.layout(count, hint)
         prompts = {
-            order: _prompt(sampler, template, comparison, order, hinted)
-            for order in dict.fromkeys(shown)
+            order: _prompt(sampler, template, comparison, order, hint)
+            for order, hint in hints.items()
         }
     except UsageError as error:
         return Planned(id=comparison.id, error=str(error))
@@ -98,7 +102,13 @@ def plan_record(
             for first in range(0, len(numbers), room):
                 part = numbers[first : first + room]
                 jobs.append(
-                    PromptJob(tokens=prompts[order], order=order, keys=keys[part], room=room)
+                    PromptJob(
+                        tokens=prompts[order],
+                        order=order,
+                        keys=keys[part],
+                        room=room,
+                        answer=hints[order] if sampler.settings.constrain else None,
+                    )
                 )
                 chosen.append(tuple(part))
         rounds.append(len(jobs))
@@ -155,14 +165,14 @@ def _prompt(
     template: Template,
     comparison: Comparison,
     order: tuple[int, ...],
-    hinted: bool,
+    hint: int | None,
 ) -> list[int]:
     """The tokens of a comparison with its responses in an order."""
     chat = render(
         template,
         turns(comparison),
         [comparison.responses[i] for i in order],
-        hint=_hint(comparison, order) if hinted else None,
+        hint=hint,
     )
     tokens = encode_chat(sampler.tokenizer, chat)
     new, context = sampler.settings.max_new_tokens, sampler.config.max_context

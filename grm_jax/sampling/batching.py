@@ -85,12 +85,14 @@ class PromptJob:
       order: Input indices of the responses in the order of the prompt.
       keys: `u32[k, ...]`, the data of a random key for each sample, from `sample_keys`.
       room: Samples that the job's row of a batch has room for, at least k.
+      answer: What samples that are held to the layout must say, as of `judgement_layout`.
     """
 
     tokens: Sequence[int]
     order: tuple[int, ...]
     keys: np.ndarray
     room: int
+    answer: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,21 +203,22 @@ class JudgeSampler:
         return jnp.asarray(mask)
 
     @functools.cached_property
-    def _layouts(self) -> dict[int, Layout]:
+    def _layouts(self) -> dict[tuple[int, int | None], Layout]:
         # The sampler's own, since a cache of the class would keep its parameters in memory.
         return {}
 
-    def layout(self, count: int) -> Layout:
-        """The layout of a judgement of `count` responses."""
-        if count not in self._layouts:
-            self._layouts[count] = judgement_layout(
+    def layout(self, count: int, answer: int | None = None) -> Layout:
+        """The layout of a judgement of `count` responses, as of `judgement_layout`."""
+        if (count, answer) not in self._layouts:
+            self._layouts[count, answer] = judgement_layout(
                 self.tokenizer,
                 count=count,
                 max_new_tokens=self.settings.max_new_tokens,
                 low=self.settings.low,
                 high=self.settings.high,
+                answer=answer,
             )
-        return self._layouts[count]
+        return self._layouts[count, answer]
 
     def room(self, samples: int, num_responses: int, *, balanced: bool = False) -> int:
         """Samples to ask for in one job, of `samples` over all orders of the responses.
@@ -252,7 +255,7 @@ class JudgeSampler:
             prompt=max(self._least_room, power_of_two(bucket(len(job.tokens) - 1))),
             samples=job.room,
             responses=power_of_two(count),
-            states=self.layout(count).free.shape[0] if self.settings.constrain else 0,
+            states=self.layout(count, job.answer).free.shape[0] if self.settings.constrain else 0,
         )
 
     def limit(self, shape: JobShape) -> int:

@@ -7,7 +7,7 @@ for one tokenizer and number of responses, and stepped inside the jitted decodin
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,21 +85,28 @@ class _Builder:
             self.other[-1] = first
             self.budget[-1] = budget
 
-    def number(self, spellings: Sequence[Sequence[int]], after: int, section: int) -> None:
-        """One of the spellings (token sequences), then the token `after`."""
-        prefixes = sorted({tuple(s[:i]) for s in spellings for i in range(len(s) + 1)}, key=len)
+    def number(self, after: Mapping[tuple[int, ...], tuple[int, int]], section: int) -> None:
+        """One of the spellings (token sequences), then the token that leads on from it.
+
+        Args:
+          after: For each spelling, that token and the state it leads to.
+          section: Of all its states.
+        """
+        prefixes = _prefixes(after)
         state = {prefix: self.next + i for i, prefix in enumerate(prefixes)}
-        done = self.next + len(prefixes)
-        complete = {tuple(s) for s in spellings}
         for prefix in prefixes:
             edges = [
                 (longer[-1], state[longer])
                 for longer in prefixes
                 if len(longer) == len(prefix) + 1 and longer[:-1] == prefix
             ]
-            if prefix in complete:
-                edges.append((after, done))
+            if prefix in after:
+                edges.append(after[prefix])
             self.add(edges, section)
+
+
+def _prefixes(spellings: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return sorted({one[:size] for one in spellings for size in range(len(one) + 1)}, key=len)
 
 
 def _longest_start(whole: Sequence[int], written: Sequence[int]) -> int:
@@ -118,11 +125,13 @@ def judgement_layout(
     max_new_tokens: int,
     low: int = grammar.DEFAULT_LOW,
     high: int = grammar.DEFAULT_HIGH,
+    answer: int | None = None,
 ) -> Layout:
     """The layout of a judgement with `count` scores from `low` to `high`.
 
     What the markers and scores leave of `max_new_tokens` is divided between criteria (two fifths)
-    and analysis.
+    and analysis. With an answer, only right scores are allowed: what is sampled then are scores
+    that a judge gives after what it wrote, if it gives right ones.
 
     Args:
       tokenizer: Of the model that is sampled.
@@ -130,6 +139,8 @@ def judgement_layout(
       max_new_tokens: Tokens that a sample may take, its end-of-turn token included.
       low: Least score.
       high: Greatest score.
+      answer: The place of the response whose score must be above all others, or the score itself if
+        there is one response; None for any scores.
 
     Returns:
       The automaton; samples start in state 0.
@@ -142,8 +153,8 @@ def judgement_layout(
     scores = tokenizer.encode(f"\n\n{grammar.SCORES} {grammar.BOX_OPEN}")
     comma, *gap = tokenizer.encode(", ")
     (close,) = tokenizer.encode(grammar.BOX_CLOSE)
-    spellings = [tokenizer.encode(str(value)) for value in range(low, high + 1)]
-    longest = max(len(spelling) for spelling in spellings)
+    spellings = {value: tuple(tokenizer.encode(str(value))) for value in range(low, high + 1)}
+    longest = max(map(len, spellings.values()))
     fixed = len(opening) + len(analysis) + len(scores) + 1
     fixed += count * (longest + 1) + (count - 1) * len(gap)
     spare = max_new_tokens - fixed
@@ -157,11 +168,21 @@ def judgement_layout(
     b.forced(opening, section=0)
     b.text(analysis, budget=criteria_budget, section=1)
     b.text(scores, budget=spare - criteria_budget, section=2)
-    for index in range(count):
-        last = index == count - 1
-        b.number(spellings, after=close if last else comma, section=3)
-        if not last:
-            b.forced(gap, section=3)
+    places = _score_places(count, low, high, answer)
+    # Where each begins, behind the gap that leads to it.
+    begins: dict[tuple[int, int], int] = {}
+    free = b.next
+    for place, values in places.items():
+        begins[place] = free
+        free += len(gap) * bool(place[0]) + len(_prefixes(spellings[value] for value in values))
+    for (index, bound), values in places.items():
+        b.forced(gap if index else (), section=3)
+        after = {}
+        for value in values:
+            behind = (index + 1, _next_bound(index, bound, value, count, answer))
+            leads = (close, free) if index == count - 1 else (comma, begins[behind])
+            after[spellings[value]] = leads
+        b.number(after, section=3)
     b.forced(tokenizer.eos_ids[:1], section=3)
     states = b.next
     size = -(-states // _STATE_BUCKET) * _STATE_BUCKET
@@ -184,6 +205,40 @@ def judgement_layout(
         section=column(b.section),
         budget=column(b.budget),
     )
+
+
+def _score_places(
+    count: int, low: int, high: int, answer: int | None
+) -> dict[tuple[int, int], Sequence[int]]:
+    """Which scores may stand where: by index and by the bound that earlier ones set."""
+    reached = [(0, low - 1)]
+    found: dict[tuple[int, int], Sequence[int]] = {}
+    for index in range(count):
+        following = []
+        for _, bound in reached:
+            values: Sequence[int] = range(low, high + 1)
+            if answer is not None and count == 1:
+                values = range(answer, answer + 1)
+            elif answer is not None and index < answer:
+                values = range(low, high)
+            elif answer is not None and index == answer:
+                # Below it there must be room for those that follow.
+                values = range(max(bound, low - (index == count - 1)) + 1, high + 1)
+            elif answer is not None:
+                values = range(low, bound)
+            found[index, bound] = values
+            following += [
+                (index + 1, _next_bound(index, bound, value, count, answer)) for value in values
+            ]
+        reached = sorted(set(following))
+    return found
+
+
+def _next_bound(index: int, bound: int, value: int, count: int, answer: int | None) -> int:
+    """The best response's score once it is there, and the highest of the others before."""
+    if answer is None or count == 1 or index > answer:
+        return bound
+    return value if index == answer else max(bound, value)
 
 
 class LayoutState(NamedTuple):

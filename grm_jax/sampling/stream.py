@@ -162,7 +162,7 @@ class JudgeStream:
             self._order[place, : len(job.order)] = job.order
             self._counts[place] = len(job.order)
             if sampler.settings.constrain:
-                layout = sampler.layout(len(job.order))
+                layout = sampler.layout(len(job.order), job.answer)
                 if self._layout is None:
                     self._layout = [np.stack([leaf] * size) for leaf in layout]
                 for rows, leaf in zip(self._layout, layout, strict=True):

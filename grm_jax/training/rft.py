@@ -103,7 +103,8 @@ def default_config() -> ConfigDict:
     # Whether there are judgements without a hint, `samples` of each comparison.
     config.sampler.non_hinted = True
     # Whether one more is written with a hint at the best response: off, failed (where none without
-    # it is right) or all.
+    # it is right) or all. With sampler.constrain, it is held to scores that agree with the
+    # hint as well.
     config.sampler.hinted = "failed"
     # Whether comparisons are rejected that all judgements without a hint got right.
     # And whether as many are kept for each place at which the best response is shown: judges that

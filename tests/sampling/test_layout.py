@@ -1,3 +1,4 @@
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -113,6 +114,41 @@ def test_no_other_score_can_be_written(byte_tokenizer: Tokenizer) -> None:
     assert walk.allowed() == set(b"123456789")
     walk.write("9")
     assert walk.allowed() == set(b"}")
+
+
+def follows(layout: Layout, tokens: list[int]) -> bool:
+    """Whether a layout lets tokens be written, budgets aside."""
+    edges, targets, free, other = (np.asarray(leaf) for leaf in layout[:4])
+    state = 0
+    for token in tokens:
+        hit = np.flatnonzero(edges[state] == token)
+        if not len(hit) and not free[state]:
+            return False
+        state = targets[state][hit[0]] if len(hit) else other[state]
+    return True
+
+
+@pytest.mark.parametrize("high", [4, 11])
+@pytest.mark.parametrize(
+    ("count", "answer"), [(2, None), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (1, 3)]
+)
+def test_with_an_answer_all_right_scores_and_no_others_can_be_written(
+    byte_tokenizer: Tokenizer, count: int, answer: int | None, high: int
+) -> None:
+    layout = judgement_layout(
+        byte_tokenizer, count=count, max_new_tokens=200, high=high, answer=answer
+    )
+    for scores in itertools.product(range(1, high + 1), repeat=count):
+        box = ", ".join(map(str, scores))
+        text = f"Specific Criteria: a\n\nAnalysis: b\n\nScores: \\boxed{{{box}}}"
+        if answer is None:
+            right = True
+        elif count == 1:
+            right = scores[0] == answer
+        else:
+            rest = [score for place, score in enumerate(scores) if place != answer]
+            right = scores[answer] > max(rest)
+        assert follows(layout, [*text.encode(), EOS]) == right, scores
 
 
 def test_scores_from_0_to_1(byte_tokenizer: Tokenizer) -> None:
