@@ -42,15 +42,16 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def fitted(stage: ConfigDict, chips: int, tensor: int = 1) -> None:
+def fitted(stage: ConfigDict, chips: int, tensor: int = 1, expert: int | None = None) -> None:
     """Lays a stage on so many chips, and lets each learn from one row or group at a time.
 
     Args:
       stage: The stage, which is changed.
       chips: Of the slice.
       tensor: Parts of heads, hidden units and vocabulary while it learns, on as many chips or more.
+      expert: The most parts of experts; None for the configuration's.
     """
-    expert = math.gcd(stage.mesh.expert, chips)
+    expert = math.gcd(stage.mesh.expert if expert is None else expert, chips)
     tensor = math.gcd(tensor, chips // expert)
     left = chips // expert // tensor
     # What a configuration leaves to the slice is no bound.
@@ -75,14 +76,21 @@ def planned(
     path: str, name: str, text: str, tensor: int
 ) -> tuple[Stage, list[ProgramReport]] | None:
     """A stage on a slice and the plans of its programs; None if one does not fit."""
-    config, topology = stage_configs(load_config(path))[name], parse_topology(text)
-    fitted(config, topology.chips, tensor)
-    try:
-        mesh = mesh_on(topology, config.mesh.to_dict(), devices_of(topology))
-        stage = build_stage(name, config, mesh, platform=topology.chip.kind)
-    except UsageError as error:
-        print(f"{path} {name} {text}: {error}", file=sys.stderr)
-        return None
+    topology = parse_topology(text)
+    expert: int = stage_configs(load_config(path))[name].mesh.expert
+    while True:
+        config = stage_configs(load_config(path))[name]
+        fitted(config, topology.chips, tensor, expert)
+        try:
+            mesh = mesh_on(topology, config.mesh.to_dict(), devices_of(topology))
+            stage = build_stage(name, config, mesh, platform=topology.chip.kind)
+            break
+        except UsageError as error:
+            print(f"{path} {name} {text}: {error}", file=sys.stderr)
+        # Not every slice can be laid out in as many parts.
+        if expert == 1 or expert % 2:
+            return None
+        expert //= 2
     if held_bytes(stage.held) > topology.chip.memory:
         return None
     found: list[ProgramReport] = []
@@ -96,9 +104,11 @@ def planned(
     return stage, found
 
 
-def least(path: str, name: str, chip: str, tensor: int) -> Sequence[str]:
+def least(path: str, name: str, chip: str, tensor: int, chips: int) -> Sequence[str]:
     """The least slice on which a stage fits, and what it takes there, as cells of the table."""
     for shape in SHAPES[chip]:
+        if math.prod(map(int, shape.split("x"))) < chips:
+            continue
         found = planned(path, name, f"{chip}:{shape}", tensor)
         if found is not None:
             stage, programs = found
@@ -119,6 +129,7 @@ def main() -> None:
     parser.add_argument("config", nargs="+")
     parser.add_argument("--chip", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--stage", nargs="+", help="only these")
+    parser.add_argument("--from-chips", type=int, default=1, help="leave smaller slices out")
     parser.add_argument("--tensor", type=int, default=1, help="parts of heads and hidden units")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -128,7 +139,11 @@ def main() -> None:
     for path in args.config:
         for name in stage_configs(load_config(path)):
             for chip in args.chip if args.stage is None or name in args.stage else ():
-                cells = (f"`{Path(path).stem}`", name, *least(path, name, chip, args.tensor))
+                cells = (
+                    f"`{Path(path).stem}`",
+                    name,
+                    *least(path, name, chip, args.tensor, args.from_chips),
+                )
                 print("| " + " | ".join(cells) + " |")
                 sys.stdout.flush()
 

@@ -10,9 +10,8 @@ Reinforcement learning goes on from there, unconstrained; a meta reward model le
 comes out, on comparisons of its own; and the last stage judges those that none has seen.
 
 For one GPU of 80 GB, where it has not been run yet. Written as `FOLDER,cpu` it is what two cores do
-in two hours, and what the adapters that come with the package were made by; its FOLDER holds pairs
-of at most 256 tokens. `FOLDER,short` is a few steps of everything on few comparisons: they show
-that the way works, not how far it leads.
+in two hours, of pairs of at most 256 tokens: enough to be readable without a constraint, and too
+little to judge (`benchmarks/reference_run_cpu.md`). `FOLDER,short` is a few steps of everything.
 """
 
 from ml_collections import ConfigDict
