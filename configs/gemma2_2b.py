@@ -23,6 +23,8 @@ def get_config(file: str = "comparisons.jsonl") -> ConfigDict:
     config.data.max_prompt = 2048
     config.prompt.template = "paper"
     config.rollout.max_new_tokens = 512
+    # Each device samples with parameters of its own: parts would be gathered for every token.
+    config.rollout.mesh.data, config.rollout.mesh.fsdp = -1, 1
     config.batch.rows = 64
     config.batch.accumulate = 4
     config.steps = 300
