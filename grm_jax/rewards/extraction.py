@@ -12,7 +12,7 @@ from grm_jax import grammar
 from grm_jax.errors import UsageError
 
 # So many tokens, and so many for each response, are the end of a text that is read at first.
-_TAIL, _TAIL_EACH = 32, 4
+_TAIL, _TAIL_EACH = 16, 4
 # Symbols that are read before asking whether any text goes on, which devices have to agree on.
 _STEPS = 32
 # Scores are returned as float32, which holds every integer up to here exactly.
