@@ -133,7 +133,8 @@ def _for_cpu(config: ConfigDict, folder: str) -> None:
     """What two cores do in two hours, of pairs of at most 256 tokens."""
     for name in config.order:
         part = config[name]
-        part.checkpoint.every, part.log.every = 10, 1
+        if name != "eval":
+            part.checkpoint.every, part.log.every = 10, 1
         where = part.rollout if name == "rl" else part if name == "eval" else part.sampler
         where.max_new_tokens = CPU_JUDGEMENT
         if "sampler" in part:

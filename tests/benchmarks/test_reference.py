@@ -118,3 +118,17 @@ def test_options_of_the_configurations(name: str, size: str) -> None:
     assert ("#" in first.data.comparisons[0]) == bool(size)
     with pytest.raises(ValueError, match="FOLDER"):
         load_config(f"{path}:folder,long")
+
+
+def test_a_run_for_cpus_asks_for_judgements_as_short_as_it_learns() -> None:
+    config = load_config(f"{Path(__file__).parents[2]}/configs/smollm2_135m.py:folder,cpu")
+    size = reference_run.SIZES["cpu"]
+    lengths = {
+        config.rft.sampler.max_new_tokens,
+        config.rl.rollout.max_new_tokens,
+        config.meta.sampler.max_new_tokens,
+        config.eval.max_new_tokens,
+    }
+    assert lengths == {size.judgement}
+    assert config.rl.data.max_prompt == size.longest
+    assert config.rft.data.length == size.longest + size.judgement
