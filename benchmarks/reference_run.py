@@ -33,8 +33,6 @@ from grm_jax.evaluation.benchmarks import load_benchmark
 from grm_jax.evaluation.judging import Judging, open_judge
 
 HERE = Path(__file__).parent
-SAMPLES = 32
-
 NAME = "smollm2-135m"
 
 WAYS = ("greedy", "sampled")

@@ -80,9 +80,12 @@ def plan_record(
         hints = {
             order: _hint(comparison, order) if hinted else None for order in dict.fromkeys(shown)
         }
+        # What is right of a single response is 0 or 1, and no score of another scale.
+        low, high = sampler.settings.low, sampler.settings.high
+        answers = hints if count > 1 or (low, high) == (0, 1) else dict.fromkeys(hints)
         if sampler.settings.constrain:
-            for hint in hints.values():
-                sampler.layout(count, hint)
+            for answer in answers.values():
+                sampler.layout(count, answer)
         prompts = {
             order: _prompt(sampler, template, comparison, order, hint)
             for order, hint in hints.items()
@@ -107,7 +110,7 @@ def plan_record(
                         order=order,
                         keys=keys[part],
                         room=room,
-                        answer=hints[order] if sampler.settings.constrain else None,
+                        answer=answers[order],
                     )
                 )
                 chosen.append(tuple(part))

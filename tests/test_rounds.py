@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from grm_jax import GRM, Judgement, rounds
+from grm_jax.data import Comparison, from_record
 from grm_jax.errors import UsageError
 from grm_jax.prompts import load_template
 from grm_jax.rewards import flip_chance, looks
@@ -125,3 +126,32 @@ def test_rounds_of_a_plan(tiny_grm: GRM) -> None:
 def test_wrong_settings(tiny_grm: GRM, setting: dict[str, Any], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         tiny_grm.judge_batch([], **setting)
+
+
+def record(responses: list[str], label: dict[str, Any]) -> Comparison:
+    asked = [{"role": "user", "content": "2+2?"}]
+    found = {"id": "1", "messages": asked, "responses": responses, "label": label}
+    return from_record(found)
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_constrained_judgements_that_are_told_agree(tiny_grm: GRM, best: int) -> None:
+    comparison = record(["4", "5"], {"kind": "best", "index": best})
+    (found,) = tiny_grm.judge_batch([comparison], hinted=True, **SETTINGS)
+    assert {sample.order for sample in found.samples} == {(0, 1), (1, 0)}
+    for sample in found.samples:
+        assert sample.scores is not None
+        assert sample.scores[best] > sample.scores[1 - best]
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_a_single_response_has_a_right_score_from_0_to_1_alone(
+    tiny_grm: GRM, correct: bool
+) -> None:
+    comparison = record(["4"], {"kind": "pointwise", "correct": correct})
+    settings = SETTINGS | {"hinted": True}
+    (found,) = tiny_grm.judge_batch([comparison], template="single01", **settings)
+    assert {sample.scores for sample in found.samples} == {(float(correct),)}
+    (free,) = tiny_grm.judge_batch([comparison], template="compact", **settings)
+    assert free.error is None
+    assert len({sample.scores for sample in free.samples}) > 1
