@@ -42,16 +42,15 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def fitted(stage: ConfigDict, chips: int, tensor: int = 1, expert: int | None = None) -> None:
+def fitted(stage: ConfigDict, chips: int, tensor: int = 1) -> None:
     """Lays a stage on so many chips, and lets each learn from one row or group at a time.
 
     Args:
       stage: The stage, which is changed.
       chips: Of the slice.
       tensor: Parts of heads, hidden units and vocabulary while it learns, on as many chips or more.
-      expert: The most parts of experts; None for the configuration's.
     """
-    expert = math.gcd(stage.mesh.expert if expert is None else expert, chips)
+    expert = math.gcd(stage.mesh.expert, chips)
     tensor = math.gcd(tensor, chips // expert)
     left = chips // expert // tensor
     # What a configuration leaves to the slice is no bound.
@@ -76,11 +75,10 @@ def planned(
     path: str, name: str, text: str, tensor: int
 ) -> tuple[Stage, list[ProgramReport]] | None:
     """A stage on a slice and the plans of its programs; None if one does not fit."""
-    topology = parse_topology(text)
-    expert: int = stage_configs(load_config(path))[name].mesh.expert
+    topology, config = parse_topology(text), stage_configs(load_config(path))[name]
+    experts = config.mesh.expert
     while True:
-        config = stage_configs(load_config(path))[name]
-        fitted(config, topology.chips, tensor, expert)
+        fitted(config, topology.chips, tensor)
         try:
             mesh = mesh_on(topology, config.mesh.to_dict(), devices_of(topology))
             stage = build_stage(name, config, mesh, platform=topology.chip.kind)
@@ -88,9 +86,11 @@ def planned(
         except UsageError as error:
             print(f"{path} {name} {text}: {error}", file=sys.stderr)
         # Not every slice can be laid out in as many parts.
-        if expert == 1 or expert % 2:
+        experts, odd = divmod(experts, 2)
+        if odd:
             return None
-        expert //= 2
+        config = stage_configs(load_config(path))[name]
+        config.mesh.expert = experts
     if held_bytes(stage.held) > topology.chip.memory:
         return None
     found: list[ProgramReport] = []

@@ -206,23 +206,15 @@ def _with_adapters(
     return kernel + added.reshape(kernel.shape)
 
 
-_Products = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
 def _whole_product_forward(
-    places: tuple[int, ...],
-    count: int,
-    rows: jax.Array,
-    kernel: jax.Array,
-    down: jax.Array,
-    up: jax.Array,
-) -> tuple[jax.Array, _Products]:
-    return _whole_product(places, count, rows, kernel, down, up), (rows, kernel, down, up)
+    places: tuple[int, ...], count: int, *operands: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _whole_product(places, count, *operands), operands
 
 
 def _whole_product_backward(
-    places: tuple[int, ...], count: int, saved: _Products, gradient: jax.Array
-) -> _Products:
+    places: tuple[int, ...], count: int, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, ...]:
     rows, kernel, down, up = saved
     whole = _with_adapters(places, count, kernel, down, up)
     parts = gradient.reshape(len(rows), count, -1)
@@ -275,7 +267,7 @@ class Linear(nn.Module):
         # Rounded to fewer bits, a kernel would lose what is added to it.
         whole = self.config.dtype == "float32" and math.prod(lead) > _FEW_ROWS
         if low_rank is not None and whole:
-            out = adapted_product(flat, kernel, low_rank, len(self.names))
+            out, low_rank = adapted_product(flat, kernel, low_rank, len(self.names)), None
         else:
             out = product(flat, kernel, weights_first=self.config.weights_first)
         out = out.reshape(*lead, *self.outputs)
@@ -283,7 +275,7 @@ class Linear(nn.Module):
             zeros = nn.initializers.zeros_init()
             names = self.axes[: len(self.outputs)]
             out = out + param(self, "bias", zeros, names, self.outputs).astype(out.dtype)
-        if low_rank is not None and not whole:
+        if low_rank is not None:
             down, up, places = low_rank
             low = jnp.einsum("...i,nri->...nr", flat, down.reshape(*down.shape[:2], -1))
             added = jnp.einsum("...nr,nor->...no", low, up.reshape(len(places), -1, up.shape[-1]))

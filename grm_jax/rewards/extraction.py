@@ -157,11 +157,11 @@ def extract_scores(
     # Made from the arguments, so that it has their common shape and sharding.
     zero = 0 * (jnp.sum(tokens, axis=-1) + lengths + num_responses)
     zeros = zero[..., None] + jnp.zeros(max_responses, jnp.int32)
-    reader = _Reader(zero, zero, zero, zero, zeros, zeros, zero > 0, zero > 0)
+    unread = _Reader(zero, zero, zero, zero, zeros, zeros, zero > 0, zero > 0)
     tokens = tokens + zero[..., None]
     end = jnp.clip(lengths + zero, 0, tokens.shape[-1])
 
-    def read(reader: _Reader, begin: jax.Array) -> _Reader:
+    def read(begin: jax.Array) -> _Reader:
         """Moves the automaton of every text from a token on to its end."""
 
         def step(_: ArrayLike, carry: tuple[_Reader, _Cursor]) -> tuple[_Reader, _Cursor]:
@@ -176,11 +176,11 @@ def extract_scores(
         def goes_on(carry: tuple[_Reader, _Cursor]) -> jax.Array:
             return jnp.any(carry[1].token < end)
 
-        return lax.while_loop(goes_on, steps, (reader, _Cursor(begin, zero)))[0]
+        return lax.while_loop(goes_on, steps, (unread, _Cursor(begin, zero)))[0]
 
     # Most texts end in their box, and what stands before a box that opens and closes does not
     # matter. Of the others, those that could have a box are read from their beginning.
-    late = read(reader, jnp.maximum(0, end - _TAIL - _TAIL_EACH * max_responses))
+    late = read(jnp.maximum(0, end - _TAIL - _TAIL_EACH * max_responses))
 
     def could_have_one(rest: jax.Array) -> jax.Array:
         opening = jnp.any(jnp.asarray(table.symbols) == grammar.BACKSLASH, axis=-1)
@@ -188,7 +188,7 @@ def extract_scores(
 
     rest = ~late.closed
     rest = lax.cond(jnp.any(rest), could_have_one, lambda rest: rest, rest)
-    reader = _select(late.closed, late, read(reader, jnp.where(rest, 0, end)))
+    reader = _select(late.closed, late, read(jnp.where(rest, 0, end)))
     valid = reader.valid & (num_responses <= max_responses)
     wanted = jnp.arange(max_responses) < num_responses[..., None]
     return jnp.where(valid[..., None] & wanted, reader.scores, 0).astype(jnp.float32), valid

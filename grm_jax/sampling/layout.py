@@ -172,16 +172,16 @@ def judgement_layout(
     # Where each begins, behind the gap that leads to it.
     begins: dict[tuple[int, int], int] = {}
     free = b.next
-    for place, values in places.items():
+    for place, bounds in places.items():
         begins[place] = free
-        free += len(gap) * bool(place[0]) + len(_prefixes(spellings[value] for value in values))
-    for (index, bound), values in places.items():
+        free += len(gap) * bool(place[0]) + len(_prefixes(spellings[value] for value in bounds))
+    for (index, _), bounds in places.items():
         b.forced(gap if index else (), section=3)
-        after = {}
-        for value in values:
-            behind = (index + 1, _next_bound(index, bound, value, count, answer))
-            leads = (close, free) if index == count - 1 else (comma, begins[behind])
-            after[spellings[value]] = leads
+        last = index == count - 1
+        after = {
+            spellings[value]: (close, free) if last else (comma, begins[index + 1, bound])
+            for value, bound in bounds.items()
+        }
         b.number(after, section=3)
     b.forced(tokenizer.eos_ids[:1], section=3)
     states = b.next
@@ -209,36 +209,35 @@ def judgement_layout(
 
 def _score_places(
     count: int, low: int, high: int, answer: int | None
-) -> dict[tuple[int, int], Sequence[int]]:
-    """Which scores may stand where: by index and by the bound that earlier ones set."""
-    reached = [(0, low - 1)]
-    found: dict[tuple[int, int], Sequence[int]] = {}
+) -> dict[tuple[int, int], dict[int, int]]:
+    """Which scores may stand where, and the bound that each sets for those behind it.
+
+    A place is an index and the bound that earlier scores set.
+    """
+    found: dict[tuple[int, int], dict[int, int]] = {}
+    reached = {low - 1}
     for index in range(count):
-        following = []
-        for _, bound in reached:
-            values: Sequence[int] = range(low, high + 1)
-            if answer is not None and count == 1:
-                values = range(answer, answer + 1)
-            elif answer is not None and index < answer:
-                values = range(low, high)
-            elif answer is not None and index == answer:
-                # Below it there must be room for those that follow.
-                values = range(max(bound, low - (index == count - 1)) + 1, high + 1)
-            elif answer is not None:
-                values = range(low, bound)
-            found[index, bound] = values
-            following += [
-                (index + 1, _next_bound(index, bound, value, count, answer)) for value in values
-            ]
-        reached = sorted(set(following))
+        for bound in sorted(reached):
+            found[index, bound] = _scores_at(index, bound, count, low, high, answer)
+        reached = {b for bound in reached for b in found[index, bound].values()}
     return found
 
 
-def _next_bound(index: int, bound: int, value: int, count: int, answer: int | None) -> int:
-    """The best response's score once it is there, and the highest of the others before."""
-    if answer is None or count == 1 or index > answer:
-        return bound
-    return value if index == answer else max(bound, value)
+def _scores_at(
+    index: int, bound: int, count: int, low: int, high: int, answer: int | None
+) -> dict[int, int]:
+    """The scores of a place with their bounds: the best score's, or the highest before it."""
+    if answer is None:
+        return dict.fromkeys(range(low, high + 1), bound)
+    if count == 1:
+        return {answer: bound}
+    if index < answer:
+        return {value: max(bound, value) for value in range(low, high)}
+    if index > answer:
+        return dict.fromkeys(range(low, bound), bound)
+    # Below it there must be room for those that follow.
+    least = max(bound, low - (index == count - 1)) + 1
+    return {value: value for value in range(least, high + 1)}
 
 
 class LayoutState(NamedTuple):
